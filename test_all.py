@@ -1,0 +1,753 @@
+"""The promises of this project, as tests. CPU, no network, small networks: pytest test_all.py"""
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from statistics import NormalDist
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import gpt
+import train
+from diffusion_blocks import (LogNormal, bayes_logits, bound_ends, bound_share, edm_logits, euler, score_loss,
+                              split_layers, target_table)
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent / "shared" / "data"  # real datasets, where they are at hand; never needed
+GOLDEN = {2: [.002, .3012, 80], 3: [.002, .1796, .5050, 80], 4: [.002, .1341, .3012, .6766, 80],
+          6: [.002, .0943, .1796, .3012, .5050, .9617, 80]}  # computed independently from the paper's formula
+TINY = dict(n_layer=4, n_blocks=2, n_head=2, n_embd=32, n_cond=8, seq_len=16)
+FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in TINY.items()]
+FLAGS += ["--batch-size=4", "--threads=1", "--device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    """Prepared data goes to a folder of the test's own."""
+    monkeypatch.setattr(train, "DATA_DIR", tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i}: the quick brown fox number {i * i % 97}\n" for i in range(400)))
+    return path
+
+
+def config(**changes):
+    return gpt.Config(**{**TINY, "vocab_size": 64, **changes})
+
+
+def shaken(net):
+    """A network with no zero left in it: what zero-initialised paths would hide shows."""
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return net
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Noise levels and their division among blocks
+
+@pytest.mark.parametrize("n_blocks", GOLDEN)
+def test_equal_probability_edges_have_the_papers_values(n_blocks):
+    noise = LogNormal(n_blocks)
+    ends = sorted({end for b in range(n_blocks) for end in noise.interval(b)})
+    assert ends == pytest.approx(GOLDEN[n_blocks], abs=5e-5)
+    assert ends[0] == 0.002 and ends[-1] == 80.0
+
+
+def test_the_distribution_function_and_its_inverse_agree_with_the_standard_library():
+    noise, normal = LogNormal(), NormalDist(-1.2, 1.2)
+    lo, hi = normal.cdf(math.log(.002)), normal.cdf(math.log(80))
+    for sigma in (.002, .01, .3, 2.0, 80.0):
+        q = (normal.cdf(math.log(sigma)) - lo) / (hi - lo)
+        assert noise.cdf(sigma).item() == pytest.approx(q, abs=1e-12)
+        assert noise.icdf(q).item() == pytest.approx(sigma, rel=1e-6)
+    assert noise.icdf(.5).item() == pytest.approx(math.exp(normal.inv_cdf((lo + hi) / 2)), rel=1e-12)
+
+
+def test_uniform_edges_are_equal_in_log_sigma_and_hand_set_edges_are_kept():
+    noise = LogNormal(2, sigma_min=.01, sigma_max=100, edges="uniform")
+    assert noise.interval(0) == (pytest.approx(1.0), 100.0) and noise.interval(1)[0] == .01
+    noise = LogNormal(3, edges="0.002,0.1,7,80")
+    assert [noise.interval(b) for b in range(3)] == [(7, 80), (.1, 7), (.002, .1)]
+
+
+@pytest.mark.parametrize("wrong", [dict(edges="0.002,80"), dict(edges="0.002,9,1"), dict(edges="0.01,1,80"),
+                                   dict(edges="even"), dict(sigma_min=0), dict(sigma_min=90), dict(p_std=0),
+                                   dict(weighting="snr"), dict(gamma=-1)])
+def test_impossible_noise_is_refused(wrong):
+    with pytest.raises(ValueError):
+        LogNormal(**{"n_blocks": 2, **wrong})
+
+
+@pytest.mark.parametrize("edges", ["probability", "uniform", "0.002,0.05,0.5,2,80"])
+def test_the_router_gives_each_level_to_the_one_block_that_owns_it(edges):
+    noise = LogNormal(4, edges=edges)
+    assert noise.block_of(80.0) == 0 and noise.block_of(.002) == 3  # block 0 runs first, at the highest noise
+    for b in range(4):
+        lo, hi = noise.interval(b)
+        assert noise.block_of(hi) == b and noise.block_of(math.nextafter(lo, 99)) == b
+        assert noise.block_of(lo) == min(b + 1, 3)  # lo < sigma <= hi, but sigma_min has an owner too
+        many = torch.tensor([lo, (lo + hi) / 2, hi], dtype=torch.float64)
+        assert noise.block_of(many).tolist() == [min(b + 1, 3), b, b]
+    for outside in (.0019, 80.1):
+        with pytest.raises(ValueError):
+            noise.block_of(outside)
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2, 3, 4, 6])
+def test_training_and_sampling_use_the_same_block_for_a_level(n_blocks):
+    noise = LogNormal(n_blocks, gamma=0.0)
+    for b in range(n_blocks):
+        lo, hi = noise.interval(b)
+        inside = noise.sample(b, 256).double().clamp(lo * (1 + 1e-6), hi)  # float32 may round past an end
+        assert (noise.block_of(inside) == b).all()
+        # the grid whose levels are the edges: each goes to the block below which it is the upper end
+        assert [noise.block_of(s) for s in noise.steps(n_blocks + 1)[:-1].tolist()] == list(range(n_blocks))
+    blocks = [gpt.Block(config(n_layer=12, n_blocks=n_blocks), b) for b in range(n_blocks)]
+    first_layers = [block.layer_range[0] for block in blocks]
+    # block 0: first layers and highest noise
+    assert first_layers == sorted(first_layers) and first_layers[0] == 0
+
+
+def test_draws_follow_the_truncated_log_normal_within_the_widened_interval():
+    noise = LogNormal(4, gamma=.1)
+    for b in range(4):
+        lo, hi = noise.interval(b)
+        a = (hi / lo) ** .1
+        lo, hi = max(lo / a, .002), min(hi * a, 80)
+        draws = noise.sample(b, 4000).double().sort().values
+        normal = NormalDist(-1.2, 1.2)
+        f_lo, f_hi = normal.cdf(math.log(lo)), normal.cdf(math.log(hi))
+        q = torch.tensor([(normal.cdf(math.log(s)) - f_lo) / (f_hi - f_lo) for s in draws.tolist()])
+        assert (q - torch.linspace(0, 1, 4000)).abs().max() < 1e-3  # stratified: far closer than random draws
+
+
+def test_sampling_grids_are_free_of_the_number_of_blocks():
+    assert LogNormal(3).steps(7).tolist() == LogNormal(5).steps(7).tolist()
+    grid = LogNormal(3).steps(7)
+    assert grid[0] == 80 and grid[-1] == .002 and (grid.diff() < 0).all()
+    with pytest.raises(ValueError):
+        LogNormal().steps(1)
+
+
+def test_edm_preconditioning_has_its_known_values_and_identities():
+    noise = LogNormal(weighting="edm")
+    sigma = torch.tensor([.002, .5, 3.0, 80.0], dtype=torch.float64)
+    c_skip, c_out, c_in, c_noise = noise.precondition(sigma)
+    assert c_skip[1].item() == pytest.approx(.5) and c_out[1].item() == pytest.approx(.5 ** .5 / 2)
+    assert torch.allclose(noise.weight(sigma) * c_out ** 2, torch.ones_like(sigma))
+    assert torch.allclose(c_in ** 2 * (sigma ** 2 + .25), torch.ones_like(sigma))
+    assert c_noise[2].item() == pytest.approx(math.log(3) / 4)
+    assert (LogNormal().weight(sigma) == 1).all()
+
+
+def test_layers_are_split_evenly_or_as_told():
+    assert split_layers(12, 3) == [range(0, 4), range(4, 8), range(8, 12)]
+    assert split_layers(12, 3, "3,6,3") == [range(0, 3), range(3, 9), range(9, 12)]
+    with pytest.raises(ValueError, match="1, 2, 3, 4, 6, 12"):
+        split_layers(12, 5)
+    for wrong in ("4,4", "4,4,5", "0,6,6"):
+        with pytest.raises(ValueError):
+            split_layers(12, 3, wrong)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Loss, readout, sampler, bound: against closed forms
+
+def test_a_loss_of_the_wrong_shape_cannot_average_the_weight_away():
+    noise, y = LogNormal(weighting="edm"), torch.randn(8, 3)
+    with pytest.raises(AssertionError):
+        score_loss(lambda z, sigma: (z - y).pow(2).sum(1, keepdim=True), y, noise, 0)
+    # with D = z the error is sigma^2 |eps|^2, of mean 3 sigma^2: the weighted loss has a known expectation
+    y = torch.zeros(200_000, 3)
+    loss = score_loss(lambda z, sigma: (z - y).pow(2).sum(1), y, noise, 0)
+    levels = noise.icdf((torch.arange(100_000) + .5) / 100_000)
+    assert loss.item() == pytest.approx((3 * (levels ** 2 + .25) / .25).mean().item(), rel=.05)
+
+
+def test_the_target_table_is_the_same_everywhere_and_has_unit_rows():
+    square = target_table(10, 32, 7)
+    assert torch.allclose(square @ square.T, torch.eye(10), atol=1e-6)
+    table = target_table(256, 32, 0)
+    assert torch.allclose(table.norm(dim=1), torch.ones(256))
+    # the bits: what blocks trained on different machines have to agree on
+    rounded = (table * 2 ** 20).round().int().numpy().tobytes()
+    assert hashlib.sha256(rounded).hexdigest()[:16] == "41254622d3f45911"
+    assert not torch.equal(table, target_table(256, 32, 1))
+
+
+def test_the_bayes_readout_is_bayes_rule():
+    table, sigma = target_table(20, 8, 0).double(), torch.tensor([.2, .7, 3.0], dtype=torch.float64)
+    z, log_prior = torch.randn(3, 8).double(), torch.randn(20).log_softmax(0).double()
+    gauss = torch.distributions.Normal(table, sigma.view(3, 1, 1))                  # (3, 20, 8)
+    exact = (gauss.log_prob(z[:, None]).sum(-1) + log_prior).softmax(-1)
+    ours = bayes_logits(log_prior.expand(3, 20), z, sigma.float(), table.float()).softmax(-1)
+    assert torch.allclose(ours.double(), exact, atol=1e-5)
+
+
+def test_the_edm_readout_trusts_z_at_low_noise_and_the_network_at_high_noise():
+    table, noise = target_table(5, 8, 0), LogNormal()
+    z, f = table[[1, 1]], table[[3, 3]]
+    logits = edm_logits(f, z, torch.tensor([.002, 80.0]), table, noise, 16.0)
+    assert logits.argmax(-1).tolist() == [1, 3]
+    assert logits[0, 1].item() == pytest.approx(16.0, abs=.2)  # c_skip 1
+    assert logits[1, 3].item() == pytest.approx(8.0, abs=.2)   # c_out 1/2
+
+
+def test_a_perfect_denoiser_is_carried_from_level_to_level_exactly():
+    noise = LogNormal(3)
+    y, eps, seen = torch.randn(4, 5).double(), torch.randn(4, 5).double(), []
+
+    def denoise(z, sigma):
+        assert torch.allclose(z, y + sigma * eps)   # y + sigma eps at every level it is asked at
+        seen.append(sigma.item())
+        return y
+    assert torch.allclose(euler(denoise, y + 80 * eps, noise.steps(6)), y)
+    assert seen == noise.steps(6).tolist()
+
+
+def test_the_ideal_denoiser_lands_on_data_and_from_zero_on_the_most_probable():
+    noise, table = LogNormal(4), target_table(10, 16, 0)
+    log_p = torch.tensor([.05] * 8 + [.2, .4]).log()
+
+    def denoise(z, sigma):
+        logits = bayes_logits(log_p.expand(len(z), 10), z, sigma.float().expand(len(z)), table)
+        return logits.softmax(-1) @ table
+    d = euler(denoise, 80 * torch.randn(4000, 16), noise.steps(200))
+    label = (d @ table.T).argmax(-1)
+    assert (d - table[label]).norm(dim=1).max() < 1e-3
+    # samples of the distribution
+    assert torch.allclose(label.bincount(minlength=10) / 4000, log_p.exp(), atol=.03)
+    assert (euler(denoise, torch.zeros(1, 16), noise.steps(5)) @ table.T).argmax() == 9  # temperature 0
+
+
+def bound_of(log_p, log_q, dim, noise, runs=24, batch=4096):
+    """The bound and its standard error for targets drawn from log_p and the exact posterior under the prior
+    log_q."""
+    table, totals, n_class = target_table(len(log_p), dim, 0), [], len(log_p)
+    for _ in range(runs):
+        y = torch.multinomial(log_p.exp(), batch, replacement=True)
+
+        def logits(z, sigma):
+            return bayes_logits(log_q.expand(batch, n_class), z, sigma, table)
+
+        def squared_error(z, sigma):
+            return (table[y] - logits(z, sigma).softmax(-1) @ table).pow(2).sum(1)
+        shares = [bound_share(squared_error, table[y], noise, b) for b in range(noise.n_blocks)]
+        ends = bound_ends(lambda z, s: F.cross_entropy(logits(z, s), y, reduction="none"), table[y], noise)
+        totals.append(shares + list(ends))
+    totals = torch.tensor(totals)
+    return totals.sum(1).mean().item(), totals.sum(1).std().item() / runs ** .5, totals.mean(0)
+
+
+@pytest.mark.parametrize("n_class, dim, wrong, noise", [
+    (27, 32, False, LogNormal(4)), (27, 32, True, LogNormal(1)),
+    (200, 16, False, LogNormal(3)), (200, 16, True, LogNormal(4)),
+    (27, 32, False, LogNormal(2, sigma_min=.3, sigma_max=5.0))])   # a narrow range: the end terms carry bits
+def test_the_bound_of_an_exact_posterior_is_the_true_cross_entropy(n_class, dim, wrong, noise):
+    log_p = (1.5 * torch.randn(n_class)).log_softmax(0)
+    log_q = (1.5 * torch.randn(n_class)).log_softmax(0) if wrong else log_p
+    bound, error, shares = bound_of(log_p, log_q, dim, noise)
+    truth = -(log_p.exp() * log_q).sum().item()  # entropy, or cross-entropy under the wrong prior
+    assert error < .03
+    assert bound == pytest.approx(truth, abs=4 * error)
+    assert shares.sum().item() == pytest.approx(bound, rel=1e-5)
+    if noise.sigma_min == .3:
+        assert shares[-2] > 10 * error and shares[-1] > .01  # without either end term the equality would fail
+
+
+def test_the_shares_of_the_bound_do_not_depend_on_where_it_is_cut():
+    log_p = torch.randn(27).log_softmax(0)
+    one = bound_of(log_p, log_p, 32, LogNormal(1))
+    four = bound_of(log_p, log_p, 32, LogNormal(4))
+    assert one[0] == pytest.approx(four[0], abs=4 * (one[1] ** 2 + four[1] ** 2) ** .5)
+    assert four[2][3] < .01 < four[2][0]                           # the lowest block is a dictionary look-up
+
+
+# -----------------------------------------------------------------------------------------------------------
+# gpt.py
+
+@pytest.mark.parametrize("readout", ["bayes", "edm"])
+def test_a_slot_cannot_see_the_future_and_sees_everything_else(readout):
+    c = config(readout=readout, seq_len=8)
+    block = shaken(gpt.Block(c, 0))
+    embedded = []
+
+    def leaf(module, args, out):
+        embedded.append(out.detach().requires_grad_())
+        return embedded[-1]
+    block.embed.register_forward_hook(leaf)
+    x, z = torch.randint(64, (1, 8)), torch.randn(1, 8, 32, requires_grad=True)
+    logits = block.logits(x, z, torch.tensor([1.0]), block.context(x))
+    for i in range(8):
+        grads = torch.autograd.grad(logits[0, i].sin().sum(), [z, *embedded], retain_graph=True)
+        noisy, clean = grads[0][0].abs().sum(-1), sum(g[0].abs().sum(-1) for g in grads[1:])
+        assert (noisy > 0).tolist() == [j == i for j in range(8)]   # its own z and no other
+        assert (clean > 0).tolist() == [j <= i for j in range(8)]   # clean tokens up to its own
+
+
+def test_the_clean_stream_sees_neither_noise_nor_future():
+    block, x = shaken(gpt.Block(config(), 1)), torch.randint(64, (2, 16))
+    other = x.clone()
+    other[:, 9] = (other[:, 9] + 1) % 64
+    for (k, v), (k2, v2) in zip(block.context(x), block.context(other)):
+        assert torch.equal(k[:, :, :9], k2[:, :, :9]) and torch.equal(v[:, :, :9], v2[:, :, :9])
+        assert not torch.equal(k[:, :, 9], k2[:, :, 9])
+
+
+def test_the_baseline_is_causal():
+    net, x = shaken(gpt.EndToEnd(config())), torch.randint(64, (1, 16))
+    other = x.clone()
+    other[:, 9] = (other[:, 9] + 1) % 64
+    a, b = net(x)[0], net(other)[0]
+    assert torch.equal(a[:, :9], b[:, :9]) and not torch.allclose(a[:, 9:], b[:, 9:])
+
+
+def test_a_slot_is_scored_on_the_token_that_its_noise_was_added_to():
+    """Alignment: at low noise z alone names the next token, so the loss is next to nothing; it could not be
+    if slots held the current token."""
+    block = gpt.Block(config(sigma_min=.002, sigma_max=.05, edges="0.002,0.01,0.05"), 0)
+    assert block.loss(torch.randint(64, (4, 17))).item() < 1e-3
+    x = torch.randint(64, (2, 16))
+    z = block.table[torch.randint(64, (2, 16))]
+    d = block.denoise(x, z, torch.full((2,), .01), block.context(x))
+    assert torch.allclose(d, z, atol=1e-4)
+
+
+def test_the_output_depends_on_the_hint_and_on_the_context():
+    block = shaken(gpt.Block(config(), 0))
+    x, z, sigma = torch.randint(64, (1, 16)), torch.randn(1, 16, 32), torch.tensor([1.0])
+    out = block.logits(x, z, sigma, block.context(x))
+    assert not torch.allclose(out, block.logits(x, z + 1, sigma, block.context(x)))
+    assert not torch.allclose(out, block.logits(x.flip(1), z, sigma, block.context(x.flip(1))))
+    assert not torch.allclose(out, block.logits(x, z, sigma * 2, block.context(x)))
+
+
+def test_a_fresh_block_is_the_plain_decoder_whatever_the_noise():
+    """z and the noise level enter through zeros: before training, the prior logits do not know of them."""
+    block, x = gpt.Block(config(), 0), torch.randint(64, (1, 16))
+    for sigma in (1.0, 50.0):
+        zero = block.logits(x, torch.zeros(1, 16, 32), torch.tensor([sigma]), block.context(x))
+        z = torch.randn(1, 16, 32)
+        noisy = block.logits(x, z, torch.tensor([sigma]), block.context(x)) - z @ block.table.T / sigma ** 2
+        assert torch.allclose(zero, noisy, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [lambda c: gpt.Block(c, 0), lambda c: gpt.Block(c, 1), gpt.EndToEnd,
+                                  lambda c: gpt.Block(replace(c, readout="edm"), 0)])
+def test_one_batch_is_overfitted(make):
+    c = config(sigma_min=.3, sigma_max=20.0)
+    net, batch = make(c), torch.randint(64, (4, 17))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    first = net.loss(batch).item()
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = net.loss(batch)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < .2 * first
+
+
+@pytest.mark.parametrize("blocks", [True, False])
+def test_generation_with_the_cache_equals_generation_without(blocks):
+    c = config()
+    nets = [shaken(gpt.Block(c, b)) for b in range(2)] if blocks else shaken(gpt.EndToEnd(c))
+    prompts = [[1, 2, 3], [5, 6, 7, 8, 9, 10, 11]]
+    out = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        out.append(gpt.generate(nets, prompts, 40, use_cache=use_cache))   # far past seq_len 16
+    assert torch.equal(*out) and out[0].shape == (2, 47)
+    assert out[0][0, :3].tolist() == prompts[0] and out[0][1, :7].tolist() == prompts[1]
+
+
+def test_a_new_token_costs_no_pass_over_the_past(monkeypatch):
+    blocks, widths = [gpt.Block(config(seq_len=64), b) for b in range(2)], []
+    real = gpt.Block.context
+
+    def context(self, x, cache=None):
+        widths.append(x.shape[1])
+        return real(self, x, cache)
+    monkeypatch.setattr(gpt.Block, "context", context)
+    gpt.generate(blocks, [[1] * 20], 10)
+    assert widths == [20, 20] + [1] * 18
+
+
+def test_each_noise_level_runs_only_the_block_that_owns_it(monkeypatch):
+    blocks, calls = [gpt.Block(config(), b) for b in range(2)], []
+    real = gpt.Block.logits
+
+    def logits(self, x, z, sigma, context):
+        calls.append(self.b)
+        return real(self, x, z, sigma, context)
+    monkeypatch.setattr(gpt.Block, "logits", logits)
+    gpt.generate(blocks, [[1, 2]], 1, euler_steps=6)   # quantiles 1, .8, .6 | .4, .2, 0 of two halves
+    assert calls == [0, 0, 0, 1, 1, 1]
+
+
+def test_top_k_and_temperature_choose_among_the_probable():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).repeat(500, 1)
+    assert (gpt.choose(logits, 0, 0) == 1).all()
+    assert set(gpt.choose(logits, 1.0, 2).tolist()) == {1, 2}
+    share = (gpt.choose(logits.repeat(20, 1), 2.0, 0) == 1).float().mean().item()
+    assert share == pytest.approx(math.exp(1.5) / sum(math.exp(v / 2) for v in (0, 3, 2, 1)), abs=.03)
+
+
+def test_presets_name_fields_that_exist_and_networks_that_can_be_built():
+    known = {f.name for cls in (gpt.Config, train.Training) for f in fields(cls)}
+    for name, preset in gpt.PRESETS.items():
+        assert set(preset) <= known, name
+        c = replace(train.settle(gpt.Config, preset), vocab_size=50257)
+        gpt.check(c)
+        with torch.device("meta"):
+            n = sum(p.numel() for p in gpt.EndToEnd(c).layers.parameters())
+        if name != "default":
+            assert 80e6 < n < 90e6                    # twelve layers of 768, as in the paper
+
+
+# -----------------------------------------------------------------------------------------------------------
+# train.py: one block alone, resumed, assembled
+
+def cli(*args):
+    """Run train.py as a user would, in a process of its own; returns the finished process."""
+    return subprocess.run([sys.executable, str(HERE / "train.py"), *map(str, args)], text=True,
+                          capture_output=True, timeout=300)
+
+
+def go(*args, data, out, steps=6):
+    """train.run in this process on a small text."""
+    own = [f"--data={data}", f"--out={out}", f"--steps={steps}", "--log-every=3", "--save-every=3"]
+    train.run([*FLAGS, *own, *args])
+
+
+def net_bits(path):
+    state = torch.load(path, weights_only=True)
+    return [(k, v.numpy().tobytes()) for k, v in state["net"].items()]
+
+
+def test_training_a_block_builds_and_changes_no_other(data_dir, text_file, tmp_path, monkeypatch):
+    built, real = [], gpt.Block.__init__
+
+    def record(self, c, b):
+        real(self, c, b)
+        if self.embed.weight.device.type != "meta":    # meta: counted, not in memory
+            built.append(b)
+    monkeypatch.setattr(gpt.Block, "__init__", record)
+    go("--block=0", data=text_file, out=tmp_path)
+    before = (tmp_path / "gpt/block_0.pt").read_bytes()
+    built.clear()
+    go("--block=1", data=text_file, out=tmp_path)
+    assert built == [1]
+    assert (tmp_path / "gpt/block_0.pt").read_bytes() == before
+    state = torch.load(tmp_path / "gpt/block_1.pt", weights_only=True)
+    alone = sum(p.numel() for p in gpt.Block(gpt.Config(**state["config"]), 1).parameters())
+    moments = sum(s["exp_avg"].numel() for s in state["optimizer"]["state"].values())
+    # one block's weights, one block's Adam
+    assert alone == moments == sum(v.numel() for v in state["net"].values())
+
+
+def test_blocks_share_no_parameter_and_no_random_stream():
+    nets = [gpt.Block(config(), b) for b in range(2)]
+    assert not {p.data_ptr() for p in nets[0].parameters()} & {p.data_ptr() for p in nets[1].parameters()}
+    seeds = {train.seed_of(s, p) for s in range(3) for p in ("block_0", "block_1", "end_to_end", "control")}
+    assert len(seeds) == 12
+
+
+def test_blocks_trained_in_any_process_and_order_have_the_same_bits(text_file, tmp_path):
+    common = [*FLAGS, f"--data={text_file}", "--steps=6"]
+    done = cli(*common, "--block=all", f"--out={tmp_path}/a")
+    assert done.returncode == 0, done.stderr
+    for b in (1, 0):
+        assert cli(*common, f"--block={b}", f"--out={tmp_path}/b").returncode == 0
+    for b in (0, 1):
+        assert net_bits(tmp_path / f"a/gpt/block_{b}.pt") == net_bits(tmp_path / f"b/gpt/block_{b}.pt")
+    assert net_bits(tmp_path / "a/gpt/block_0.pt") != net_bits(tmp_path / "a/gpt/block_1.pt")
+
+
+def test_a_killed_run_resumes_to_the_same_bits(text_file, tmp_path):
+    common = [*FLAGS, f"--data={text_file}", "--steps=400", "--save-every=5", "--log-every=7", "--block=1"]
+    whole = cli(*common, f"--out={tmp_path}/whole")
+    assert whole.returncode == 0, whole.stderr
+    path = tmp_path / "cut/gpt/block_1.pt"
+    run = subprocess.Popen([sys.executable, HERE / "train.py", *common, f"--out={tmp_path}/cut"],
+                           stdout=subprocess.DEVNULL)
+    while not path.exists() and run.poll() is None:
+        time.sleep(.01)
+    run.send_signal(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    assert 0 < torch.load(path, weights_only=True)["step"] < 400
+    resumed = cli(*common, f"--out={tmp_path}/cut", "--resume")
+    assert resumed.returncode == 0 and "resumes at step" in resumed.stdout, resumed.stderr
+    assert net_bits(path) == net_bits(tmp_path / "whole/gpt/block_1.pt")
+    logs = [(tmp_path / d / "gpt/block_1.jsonl").read_text().splitlines() for d in ("whole", "cut")]
+    steps, again = ([json.loads(line)["step"] for line in lines] for lines in logs)
+    assert steps == again                              # the log has no gap and no line twice
+
+
+def test_logging_and_saving_change_no_weight(data_dir, text_file, tmp_path):
+    go("--block=0", data=text_file, out=tmp_path / "a")
+    go("--block=0", "--log-every=1", "--save-every=2", data=text_file, out=tmp_path / "b")
+    assert net_bits(tmp_path / "a/gpt/block_0.pt") == net_bits(tmp_path / "b/gpt/block_0.pt")
+
+
+def test_resuming_with_other_settings_is_refused_by_name(data_dir, text_file, tmp_path):
+    go("--block=0", data=text_file, out=tmp_path)
+    with pytest.raises(train.UserError, match="gamma.*lr") as e:
+        go("--block=0", "--resume", "--lr=0.5", "--gamma=0.2", data=text_file, out=tmp_path)
+    assert "n_layer" not in str(e.value)
+    text_file.write_text(text_file.read_text() + "more" * 50)
+    with pytest.raises(train.UserError, match="data"):
+        go("--block=0", "--resume", data=text_file, out=tmp_path)
+
+
+def test_the_learning_rate_is_counted_in_a_blocks_own_updates():
+    t = train.Training(lr=1.0, warmup=10, final_lr=.1)
+    assert [train.lr_at(s, t, 110) for s in (0, 4, 9)] == pytest.approx([.1, .5, 1.0])
+    assert train.lr_at(60, t, 110) == pytest.approx(.55) and train.lr_at(110, t, 110) == pytest.approx(.1)
+
+
+def test_a_nan_loss_stops_and_keeps_the_last_good_checkpoint(data_dir, text_file, tmp_path, monkeypatch):
+    real, calls = gpt.Block.loss, []
+
+    def loss(self, batch):
+        calls.append(self.training)
+        return real(self, batch) * (math.nan if calls.count(True) > 8 else 1.0)
+    monkeypatch.setattr(gpt.Block, "loss", loss)
+    with pytest.raises(train.UserError, match="block_0 is nan near step 9"):
+        go("--block=0", steps=30, data=text_file, out=tmp_path)
+    state = torch.load(tmp_path / "gpt/block_0.pt", weights_only=True)
+    assert state["step"] == 6 and all(v.isfinite().all() for v in state["net"].values())
+
+
+def test_trained_blocks_are_assembled_scored_and_sampled(data_dir, text_file, tmp_path, capsys):
+    for part in ("--block=all", "--end-to-end", "--control"):
+        go(part, "--lr=0.003", steps=150, data=text_file, out=tmp_path)
+    go("--eval", data=text_file, out=tmp_path)
+    result = json.loads((tmp_path / "gpt/eval.json").read_text())
+    first = result["tables"]["bits per byte on held-out text"]
+    shares = [row["bits per byte"] for row in result["tables"]["the bound, share by share"].values()]
+    assert first["blocks (bound)"]["bits per byte"] == pytest.approx(sum(shares))
+    for name in ("baseline", "control", "blocks (bound)"):
+        assert first[name]["bits per byte"] < 4.5  # a uniform guess among 256 is 8, the unigram about 4.6
+    assert result["data"]["tokenizer"] == "bytes" and result["config"]["n_blocks"] == 2
+    capsys.readouterr()
+    for args in (["--sample"], ["--sample", "--end-to-end"]):
+        train.run([*args, f"--out={tmp_path}", "--prompt", "line 7", "the", "--n-tokens=20"])
+        assert capsys.readouterr().out.startswith("line 7")
+
+
+def test_bits_per_byte_is_a_ratio_of_sums_with_its_standard_error():
+    b = gpt.bits([10 * math.log(2), 30 * math.log(2)], [5, 10])
+    assert b["bits per byte"] == pytest.approx(40 / 15)
+    assert b["+-"] == pytest.approx(10 / 3 / 7.5, rel=1e-6)  # residuals -+10/3, their std / sqrt 2 is 10/3
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--block=0", "--n-layers=3"], "--n-layers"), (["--model=gtp", "--block=0"], "choose one of"),
+    (["--block=7"], "0 to 3"), (["--block=-1"], "0 to 3"), (["--block=two"], "0 to 3"), ([], "--block all"),
+    (["--eval", "--block=1"], "--block all"), (["--block=0", "--n-layer=10"], "1, 2, 5, 10"),
+    (["--block=0", "--edges=1,2"], "5 ascending"), (["--block=0", "--steps=0"], "--steps"),
+    (["--block=0", "--lr=abc"], "--lr"), (["--block=0", "--preset=huge"], "lm1b"),
+    (["--block=0", "--device=tpu"], "tpu"), (["--block=0", "--data=no/such.txt"], "no/such.txt"),
+    (["--block=0", "--n-head=5"], "n_head"), (["--block=0", "--readout=softmax"], "bayes"),
+    (["--block=0", "--accumulate=3"], "--accumulate"),
+    (["--block=0", "--tokenizer=gpt9", "--data={short}"], "gpt9"),
+    (["--block=0", "--data={short}"], "too few"), (["--block=0", "--data={empty}"], "empty"),
+    (["--block=0", "--resume", "--out={tmp}/none"], "does not exist"),
+    (["--eval", "--out={tmp}"], "--block 0")])
+def test_bad_input_gets_one_clear_line(args, says, tmp_path, monkeypatch, capsys):
+    (tmp_path / "short.txt").write_text("too short\n" * 9)
+    (tmp_path / "empty.txt").write_text("")
+    monkeypatch.setattr(train, "DATA_DIR", tmp_path / "data")
+    names = dict(short=tmp_path / "short.txt", empty=tmp_path / "empty.txt", tmp=tmp_path)
+    args = [a.format(**names) for a in args]
+    if not any(a.startswith("--out") for a in args):
+        args.append(f"--out={tmp_path / 'out'}")
+    monkeypatch.setattr(sys, "argv", ["train.py", *args])
+    with pytest.raises(SystemExit) as e:
+        train.main()
+    assert isinstance(e.value.code, str) and e.value.code.startswith("error: ") and "\n" not in e.value.code
+    assert says in e.value.code
+
+
+def test_a_wrong_command_exits_with_one_line_and_without_a_traceback():
+    done = cli("--block=9")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.count("\n") == 1 and "0 to 3" in done.stderr
+
+
+def test_help_names_every_flag_with_its_meaning_and_default():
+    text = cli("--help").stdout
+    for cls in (gpt.Config, gpt.Sampling, train.Training):
+        for f in fields(cls):
+            assert f"--{f.name.replace('_', '-')}" in text
+    assert text.count("(default: ") >= len(fields(gpt.Config)) + len(fields(train.Training))
+    # the default shown is the one in force, the preset's
+    assert re.search(rf"--lr LR\s[^)]*\(default:\s+{gpt.PRESETS['default']['lr']}\)", text)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "bomb", "other model"])
+def test_a_bad_checkpoint_is_refused_and_runs_no_code(damage, data_dir, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    go("--block=all", data=text_file, out=tmp_path)
+    path = tmp_path / "gpt/block_1.pt"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif damage == "noise":
+        path.write_bytes(os.urandom(3000))
+    elif damage == "bomb":
+        torch.save({"model": "gpt", "config": Bomb()}, path)
+    else:
+        torch.save({"model": "vit"}, path)
+    with pytest.raises(train.UserError, match="block_1.pt") as e:
+        go("--sample", data=text_file, out=tmp_path)
+    assert "\n" not in str(e.value) and not Path("exploded").exists()
+
+
+def test_a_block_of_other_settings_does_not_fit(data_dir, text_file, tmp_path):
+    go("--block=all", data=text_file, out=tmp_path)
+    go("--block=1", "--table-seed=5", data=text_file, out=tmp_path)
+    with pytest.raises(train.UserError, match=r"block 1 does not fit.*table_seed \(0 -> 5\).*--block 1"):
+        go("--sample", data=text_file, out=tmp_path)
+    (tmp_path / "gpt/block_1.pt").unlink()
+    with pytest.raises(train.UserError, match="--block 1"):
+        go("--sample", data=text_file, out=tmp_path)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Data
+
+def load(data_dir, **settings):
+    return train.load_text(train.Training(**settings), torch.device("cpu"))
+
+
+def test_the_default_text_is_the_interpreters_own_and_the_same_each_time(data_dir):
+    text = load(data_dir)
+    assert text.meta["python"] == ".".join(map(str, sys.version_info[:3])) and len(text.meta["sha256"]) == 64
+    n, held = text.meta["train"]["tokens"], text.meta["val"]["tokens"]
+    assert n > 2_000_000 and .03 < held / (n + held) < .2
+    again = load(data_dir)
+    assert again.fingerprint == text.fingerprint and len(list(data_dir.iterdir())) == 1
+    assert b"import" in bytes(text.tokens["train"][:100_000])
+
+
+def test_a_text_file_is_cut_once_and_comes_back_unchanged(data_dir, text_file):
+    text = load(data_dir, data=str(text_file))
+    joined = bytes(text.tokens["train"]) + bytes(text.tokens["val"])
+    assert joined == text_file.read_bytes() and text.tokens["train"].dtype == "uint8"
+    assert len(text.tokens["val"]) == pytest.approx(len(joined) / 10, abs=1)
+
+
+def test_of_a_folder_of_texts_every_tenth_is_held_out(data_dir, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(20):
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(f"document {i:02}")
+    text = load(data_dir, data=str(tmp_path / "texts"))
+    assert bytes(text.tokens["val"]) == b"document 09\ndocument 19"
+
+
+def test_windows_are_shifted_by_one_and_held_out_ones_never_change(data_dir, text_file):
+    text, c = load(data_dir, data=str(text_file)), config()
+    assert text.batch(4, c).shape == (4, 17) and text.batch(4, c).dtype == torch.int64
+    row = bytes(text.batch(1, c)[0].tolist())
+    assert row in text_file.read_bytes()
+    assert torch.equal(text.held_out(8, c), text.held_out(8, c))
+
+
+def test_a_changed_text_is_prepared_anew_and_a_damaged_one_refused(data_dir, text_file):
+    first = load(data_dir, data=str(text_file))
+    text_file.write_text(text_file.read_text().upper())
+    assert load(data_dir, data=str(text_file)).fingerprint != first.fingerprint
+    for folder in data_dir.iterdir():
+        with open(folder / "train.bin", "r+b") as f:
+            f.truncate(1000)
+    with pytest.raises(train.UserError, match="delete that folder"):
+        load(data_dir, data=str(text_file))
+
+
+def test_preparation_that_fails_half_way_leaves_nothing(data_dir, text_file, monkeypatch):
+    real = train.write_tokens
+
+    def fail(documents, path, *rest):
+        result = real(documents, path, *rest)
+        if path.stem == "val":
+            raise OSError(28, "No space left on device")
+        return result
+    monkeypatch.setattr(train, "write_tokens", fail)
+    with pytest.raises(train.UserError, match="No space left"):
+        load(data_dir, data=str(text_file))
+    assert list(data_dir.iterdir()) == []
+
+
+@pytest.fixture
+def hub_folder(tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for split, n in (("train", 300), ("test", 20)):
+        rows = (json.dumps({"text": f"{split} document {i}", "label": i % 2}) for i in range(n))
+        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def test_a_folder_in_hub_form_is_read_through_datasets_once(data_dir, hub_folder, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    text = load(data_dir, data=str(hub_folder))
+    assert bytes(text.tokens["train"][:35]) == b"train document 0\ntrain document 1\nt"
+    assert bytes(text.tokens["val"][:15]) == b"test document 0"
+    monkeypatch.setitem(sys.modules, "datasets", None)    # from now on it is not installed
+    assert load(data_dir, data=str(hub_folder)).fingerprint == text.fingerprint
+    with pytest.raises(train.UserError, match="needs datasets"):
+        load(data_dir, data=str(hub_folder), split="test")
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(column="body"), "text, label"), (dict(column="label"), "no text"),
+    (dict(split="dev"), "train, test")])
+def test_a_dataset_without_the_column_or_split_says_what_it_has(settings, says, data_dir, hub_folder):
+    pytest.importorskip("datasets")
+    with pytest.raises(train.UserError, match=says):
+        load(data_dir, data=str(hub_folder), **settings)
+    assert not data_dir.exists() or list(data_dir.iterdir()) == []
+
+
+def test_bytes_of_tokens_are_counted_for_a_real_tokenizer(data_dir, text_file, monkeypatch):
+    if not (SHARED / "tiktoken_cache").exists():
+        pytest.skip("tiktoken's GPT-2 files are not beside this checkout, and tests use no network")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    text = load(data_dir, data=str(text_file), tokenizer="gpt2")
+    assert text.tokens["train"].dtype == "uint16" and text.facts["vocab_size"] == 50257
+    n_bytes = sum(text.token_bytes[t.astype("int64")].sum().item() for t in text.tokens.values())
+    assert n_bytes == text_file.stat().st_size           # metrics per byte are per byte of the text
+    monkeypatch.setitem(sys.modules, "tiktoken", None)   # prepared tokens need it no more
+    assert load(data_dir, data=str(text_file), tokenizer="gpt2").fingerprint == text.fingerprint
+
+
+def test_long_texts_are_cut_where_no_token_is():
+    text = "word " * 300_000 + "x" * 10
+    parts = list(train.pieces(text))
+    assert "".join(parts) == text and len(parts) == 2 and parts[1].startswith(" ")
+    assert list(train.pieces(b"")) == []

@@ -1,0 +1,760 @@
+"""Train one block of a model alone, or the whole model end to end; evaluate and sample what has been trained.
+
+    python train.py --model gpt --block 2       one block: nothing of the other blocks is ever in this process
+    python train.py --model gpt --block all     every block, one after another, one in memory at a time
+    python train.py --model gpt --end-to-end    the baseline: all layers, backpropagation through all of them
+    python train.py --model gpt --control       the control: one block's worth of layers, end to end
+    python train.py --model gpt --eval          assemble out/gpt and score it beside baseline and control
+    python train.py --model gpt --sample        generate from the blocks (or --end-to-end: the baseline)
+
+This file holds flags, data, one training loop and checkpoints; it knows nothing of noise levels. A model file
+offers Config, PRESETS, Sampling, DATA, check, Block, EndToEnd, control, evaluate and sample. """
+import argparse
+import hashlib
+import importlib
+import inspect
+import json
+import math
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import get_type_hints
+
+import numpy as np
+import torch
+
+MODELS = ("gpt",)
+
+
+@dataclass
+class Training:
+    data: str = "stdlib"  # stdlib, a text file, a folder, or a Hugging Face hub id (a folder in hub form too)
+    split: str = "train"            # split of a hub dataset to train on
+    column: str = "text"            # column of a hub dataset that holds the text
+    tokenizer: str = "bytes"        # bytes, or any tiktoken encoding such as gpt2
+    steps: int = 1000               # optimizer updates for each block (and as many for the baseline)
+    epochs: float = 0.0             # passes over the data instead of steps; 0: use steps
+    batch_size: int = 16            # sequences or images in an update
+    accumulate: int = 1             # parts that a batch is cut into, to save memory (gradient accumulation)
+    lr: float = 1e-3                # peak learning rate (AdamW, betas 0.9 and --beta2)
+    beta2: float = 0.95             # AdamW's second beta
+    weight_decay: float = 0.1       # on matrices only, not on gains and biases
+    warmup: int = 50                # updates of linear warm-up, counted for each block by itself
+    final_lr: float = 0.05          # where the cosine ends, as a fraction of lr
+    clip: float = 1.0               # largest gradient norm
+    seed: int = 0                   # a block's random stream is a function of (seed, block) alone
+    threads: int = 0                # CPU threads; 0: all cores. Same number, same bits
+    device: str = "auto"            # auto, cpu, cuda, cuda:1, mps
+    out: str = "out"                # checkpoints and logs go to OUT/MODEL
+    resume: bool = False            # go on from the checkpoint; on CPU the result is the same to the bit
+    log_every: int = 50             # updates between log lines
+    save_every: int = 200           # updates between checkpoints
+
+
+# what may differ between a checkpoint and the command that resumes it: none of these changes a weight
+FREE = {"data", "split", "column", "device", "out", "resume", "log_every", "save_every"}
+
+
+class UserError(Exception):
+    """What the user has to mend, in one line."""
+
+
+def say(*text):
+    print(*text, flush=True)
+
+
+def progress(text):
+    """A line that is overwritten; on terminals only."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Flags: one for each field of Training, of the model's Config and of its Sampling; its comment is its help
+
+def add_flags(parser, cls, preset):
+    """One flag for every field. An absent flag leaves no trace, so that presets can be told from what was
+    typed."""
+    notes = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(cls), re.M))
+    for field, kind in get_type_hints(cls).items():
+        default = preset.get(field, getattr(cls, field))
+        text = f"{notes[field]} (default: {' '.join(map(repr, default)) if kind is tuple else default!r})"
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        if kind is tuple:
+            how = {"type": str, "nargs": "+"}
+        parser.add_argument("--" + field.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=text.replace("%", "%%"), **how)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; `python train.py --help` lists the flags")
+
+
+def parse(argv):
+    """(model name, module, flags given, preset) of a command line. Raises UserError."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--model", default="gpt")
+    first.add_argument("--preset", default="default")
+    known, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    if known.model not in MODELS:
+        raise UserError(f"no model {known.model!r}; choose one of {', '.join(MODELS)}")
+    module = importlib.import_module(known.model)
+    if known.preset not in module.PRESETS:
+        raise UserError(f"{known.model} has no preset {known.preset!r}; it has {', '.join(module.PRESETS)}")
+    preset = module.PRESETS[known.preset]
+
+    parser = Parser(prog="train.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gpt", help=f"one of {', '.join(MODELS)} (default: 'gpt')")
+    parser.add_argument("--preset", default="default",
+                        help=f"one of {', '.join(module.PRESETS)} (default: 'default')")
+    what = parser.add_argument_group("what to do (one; --sample also with --end-to-end or --control)")
+    what.add_argument("--block", metavar="N|all", help="train block N alone, or every block in turn")
+    what.add_argument("--end-to-end", action="store_true", help="train the baseline")
+    what.add_argument("--control", action="store_true", help="train the control, one block's worth of layers")
+    what.add_argument("--eval", action="store_true", help="score the blocks beside baseline and control")
+    what.add_argument("--sample", action="store_true", help="generate")
+    add_flags(parser.add_argument_group("training"), Training, preset)
+    add_flags(parser.add_argument_group(f"model {known.model}"), module.Config, preset)
+    add_flags(parser.add_argument_group("sampling"), module.Sampling, preset)
+    args = vars(parser.parse_args(argv))
+    chosen = [k for k in ("block", "end_to_end", "control", "eval", "sample") if args[k]]
+    if len(chosen) != 1 and chosen not in (["end_to_end", "sample"], ["control", "sample"]):
+        raise UserError("say what to do: --block N, --block all, --end-to-end, --control, --eval or --sample")
+    return args, module, preset
+
+
+def settle(cls, *layers):
+    """An instance of a dataclass from its defaults and then each layer of values, the last one winning."""
+    names = {f.name for f in fields(cls)}
+    return cls(**{k: v for layer in layers for k, v in layer.items() if k in names})
+
+
+def check(training):
+    for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
+        if getattr(training, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if training.batch_size % training.accumulate:
+        raise UserError(f"--accumulate {training.accumulate} must divide --batch-size {training.batch_size}")
+    if not (math.isfinite(training.lr) and training.lr > 0 and 0 <= training.beta2 < 1 and training.clip > 0):
+        raise UserError("need --lr > 0, 0 <= --beta2 < 1 and --clip > 0")
+
+
+def pick_device(name):
+    """A torch.device from a name; auto takes CUDA, then Apple's MPS, then the CPU. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Text: prepared once into memory-mapped token files under data/, then read from there alone
+
+DATA_DIR = Path(__file__).parent / "data"
+PIECE = 1 << 20  # characters tokenised at a time
+
+
+class Tokenizer:
+    """Bytes, or a tiktoken encoding, which is imported when a text is first encoded or decoded."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def _tiktoken(self):
+        try:
+            import tiktoken
+        except ImportError:
+            raise UserError(f"--tokenizer {self.name} needs tiktoken: pip install tiktoken") from None
+        try:
+            return tiktoken.get_encoding(self.name)
+        except ValueError:
+            raise UserError(f"tiktoken has no encoding {self.name!r}; choose bytes, "
+                            f"{', '.join(tiktoken.list_encoding_names())}") from None
+        except Exception as e:  # whatever the network raises
+            raise UserError(f"tiktoken could not fetch {self.name!r} ({type(e).__name__}); without network, "
+                            f"set TIKTOKEN_CACHE_DIR to a folder that holds its files") from None
+
+    def encode(self, text):
+        """str or bytes -> 1-d integer array of token ids."""
+        if self.name == "bytes":
+            return np.frombuffer(text.encode() if isinstance(text, str) else text, dtype=np.uint8)
+        text = text if isinstance(text, str) else text.decode(errors="replace")
+        return np.array(self._tiktoken().encode_ordinary(text), dtype=np.uint32)
+
+    def decode(self, tokens):
+        tokens = [int(t) for t in tokens]
+        if self.name == "bytes":
+            return bytes(tokens).decode(errors="replace")
+        return self._tiktoken().decode(tokens)
+
+    def token_bytes(self):
+        """(V,) number of bytes that each token stands for."""
+        if self.name == "bytes":
+            return np.ones(256, dtype=np.int64)
+        encoding = self._tiktoken()
+        # special tokens, and numbers that are no token, stay 0
+        sizes = np.zeros(encoding.n_vocab, dtype=np.int64)
+        special = {encoding.encode_single_token(s) for s in encoding.special_tokens_set}
+        for i in set(range(encoding.n_vocab)) - special:
+            try:
+                sizes[i] = len(encoding.decode_single_token_bytes(i))
+            except KeyError:
+                pass
+        return sizes
+
+
+def pieces(text):
+    """A long text cut before white space, where no token of a tiktoken encoding is cut."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        space = b" \n" if isinstance(text, bytes) else " \n"
+        while end < len(text) and text[end:end + 1] not in space:
+            end += 1
+        yield text[start:end]
+        start = end
+
+
+def stdlib_files():
+    """The standard library's own sources, sorted: no installed packages, no tests (not every machine has
+    them)."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+    return root, [p for p in sorted(root.rglob("*.py")) if not skip & set(p.relative_to(root).parts)]
+
+
+def local_documents(source):
+    """(identity, train documents, held-out documents) of stdlib, a text file or a folder of .txt files, as
+    bytes."""
+    if source == "stdlib":
+        root, files = stdlib_files()
+        identity = {"source": "stdlib", "python": platform.python_version()}
+    else:
+        root = Path(source) if Path(source).is_dir() else Path(source).parent
+        files = sorted(root.rglob("*.txt")) if Path(source).is_dir() else [Path(source)]
+        if not files:
+            raise UserError(f"{source} holds no .txt file and no dataset file (parquet, arrow, json, csv)")
+        identity = {"source": Path(source).name}
+    try:
+        documents = [p.read_bytes() for p in files]
+    except OSError as e:
+        raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
+    digest = hashlib.sha256()
+    for path, document in zip(files, documents):
+        digest.update(f"{path.relative_to(root)} {len(document)}\n".encode() + document)
+    identity |= {"files": len(files), "bytes": sum(map(len, documents)), "sha256": digest.hexdigest()}
+    if len(documents) >= 10:
+        held = documents[9::10]
+        return identity, [d for i, d in enumerate(documents) if i % 10 != 9], held
+    text = b"\n".join(documents)
+    cut = len(text) * 9 // 10
+    return identity, [text[:cut]], [text[cut:]]
+
+
+def is_hub_folder(path):
+    suffixes = {p.suffix for p in path.rglob("*")} if path.is_dir() else set()
+    return bool(suffixes & {".parquet", ".arrow", ".jsonl", ".csv"})
+
+
+def hub_documents(source, split, column):
+    """(train documents, held-out documents) of a dataset, streamed. Held out: its validation or test split if
+    it has one other than `split`, else every hundredth document."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"--data {source} needs datasets: pip install -r requirements.txt") from None
+    datasets.disable_progress_bars()
+    try:
+        names = datasets.get_dataset_split_names(source)
+        if split not in names:
+            raise UserError(f"{source} has no split {split!r}; it has {', '.join(names)}")
+        train = datasets.load_dataset(source, split=split, streaming=True)
+        other = next((n for n in ("validation", "test") if n in names and n != split), None)
+        held = datasets.load_dataset(source, split=other, streaming=True) if other else None
+        columns = list(next(iter(train.take(1))))
+    except UserError:
+        raise
+    except Exception as e:
+        reason = (str(e).splitlines() or [""])[0]
+        raise UserError(f"cannot load {source!r} ({type(e).__name__}: {reason}); give a hub id, a folder in "
+                        f"hub form, a text file, a folder of .txt files, or stdlib") from None
+    if column not in columns:
+        raise UserError(f"{source} has no column {column!r}; choose by --column one of {', '.join(columns)}")
+
+    def read(dataset, keep):
+        for i, row in enumerate(dataset):
+            if keep(i):
+                if not isinstance(row[column], str):
+                    raise UserError(f"column {column!r} of {source}, row {i}, is no text")
+                yield row[column]
+    if held is not None:
+        return read(train, lambda i: True), read(held, lambda i: True)
+    return read(train, lambda i: i % 100 != 99), read(train, lambda i: i % 100 == 99)
+
+
+def write_tokens(documents, path, tokenizer, dtype):
+    """Token ids of all documents, a line end between two, into a flat binary file; returns (tokens,
+    sha256)."""
+    digest, count, line_end = hashlib.sha256(), 0, tokenizer.encode("\n").astype(dtype)
+    with open(path, "wb") as f:
+        for i, document in enumerate(documents):
+            for j, piece in enumerate(pieces(document)):
+                ids = tokenizer.encode(piece).astype(dtype)
+                data = (ids if i == 0 or j else np.concatenate([line_end, ids])).tobytes()
+                f.write(data)
+                digest.update(data)
+                count += len(data) // dtype.itemsize
+            progress(f"preparing {path.stem}: {i + 1:,} documents, {count:,} tokens")
+        f.flush()
+        os.fsync(f.fileno())
+    progress("")
+    return count, digest.hexdigest()
+
+
+class Text:
+    """Prepared text: random windows for training, evenly spaced ones for evaluation."""
+
+    def __init__(self, folder, device):
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text())
+            dtype = np.dtype(self.meta["dtype"])
+            self.tokens = {s: np.memmap(folder / f"{s}.bin", dtype, "r") for s in ("train", "val")}
+            whole = all(len(self.tokens[s]) == self.meta[s]["tokens"] for s in self.tokens)
+            self.token_bytes = torch.from_numpy(np.load(folder / "token_bytes.npy")).to(device)
+        except (OSError, ValueError, KeyError):
+            whole = False
+        if not whole:
+            raise UserError(f"prepared data in {folder} is damaged; delete that folder and run again")
+        self.device, self.facts = device, {"vocab_size": len(self.token_bytes)}
+        self.fingerprint = self.meta["train"]["sha256"][:16] + self.meta["val"]["sha256"][:16]
+
+    def describe(self):
+        m = self.meta
+        where = f" of Python {m['python']}" if "python" in m else ""
+        return (f"{m['source']}{where}, tokenizer {m['tokenizer']}, {m['train']['tokens']:,} tokens to train "
+                f"on, {m['val']['tokens']:,} held out, fingerprint {self.fingerprint[:12]}")
+
+    def length(self, config):
+        """Examples in one epoch."""
+        return len(self.tokens["train"]) // config.seq_len
+
+    def require(self, config):
+        for split, tokens in self.tokens.items():
+            if len(tokens) < config.seq_len + 2:
+                raise UserError(f"the {split} text has {len(tokens):,} tokens, too few for --seq-len "
+                                f"{config.seq_len}; give a longer text or a smaller --seq-len")
+
+    def cut(self, split, starts, config):
+        rows = np.stack([self.tokens[split][i:i + config.seq_len + 1] for i in starts])  # (B, T + 1)
+        return torch.from_numpy(rows.astype(np.int64)).to(self.device)
+
+    def batch(self, n, config):
+        """(n, T + 1) random windows of the training text, from torch's CPU random stream."""
+        high = len(self.tokens["train"]) - config.seq_len
+        return self.cut("train", torch.randint(high, (n,)).tolist(), config)
+
+    def held_out(self, n, config):
+        """(n, T + 1) windows at even distances over the held-out text; always the same."""
+        n = max(1, min(n, len(self.tokens["val"]) // config.seq_len))
+        last = len(self.tokens["val"]) - config.seq_len - 1
+        return self.cut("val", np.linspace(0, last, n).astype(np.int64), config)
+
+
+    def unigram(self):
+        """(V,) log-probabilities of the tokens in the training text, each counted once more than it
+        occurs."""
+        counts = np.ones(len(self.token_bytes))
+        for i in range(0, len(self.tokens["train"]), 1 << 24):
+            counts += np.bincount(self.tokens["train"][i:i + (1 << 24)], minlength=len(counts))
+        return torch.from_numpy(np.log(counts / counts.sum())).float().to(self.device)
+
+
+def load_text(training, device):
+    """Text as --data, --split, --column and --tokenizer say, prepared if it is not yet. Raises UserError."""
+    source, tokenizer = training.data, Tokenizer(training.tokenizer)
+    local = source == "stdlib" or (Path(source).exists() and not is_hub_folder(Path(source)))
+    if local:
+        identity, train, held = local_documents(source)
+    else:
+        identity = {"source": source.rstrip("/").split("/")[-1] if Path(source).is_dir() else source,
+                    "split": training.split, "column": training.column}
+        files = sorted(p for p in Path(source).rglob("*") if p.is_file()) if Path(source).is_dir() else []
+        identity["files"] = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    key = hashlib.sha256(json.dumps([1, identity, training.tokenizer]).encode()).hexdigest()[:12]
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{identity['source']}-{training.tokenizer}")
+    folder = DATA_DIR / f"{name}-{key}"
+    if not folder.exists():
+        if not local:
+            train, held = hub_documents(source, training.split, training.column)
+        part = DATA_DIR / f".{folder.name}.{os.getpid()}"  # renamed when complete: what has the name is whole
+        try:
+            part.mkdir(parents=True)
+            token_bytes = tokenizer.token_bytes()
+            dtype = np.min_scalar_type(len(token_bytes) - 1)
+            meta = identity | {"tokenizer": training.tokenizer, "dtype": dtype.name}
+            for split, documents in (("train", train), ("val", held)):
+                count, digest = write_tokens(documents, part / f"{split}.bin", tokenizer, dtype)
+                if count < 2:
+                    raise UserError(f"{source}: the {split} text is empty; give a longer text")
+                meta[split] = {"tokens": count, "sha256": digest}
+            np.save(part / "token_bytes.npy", token_bytes)
+            (part / "meta.json").write_text(json.dumps(meta))
+            try:
+                part.rename(folder)
+            except OSError:  # another process was faster; what it wrote is the same
+                if not folder.exists():
+                    raise
+        except OSError as e:
+            raise UserError(f"cannot write prepared data under {DATA_DIR}: {e.strerror}") from None
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return Text(folder, device)
+
+
+# a model file's DATA -> how to load its data, and what turns a user's prompt into input and output into text
+LOADERS = {"text": (load_text, lambda training: Tokenizer(training.tokenizer))}
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def save(path, state):
+    """Write to a temporary file, then rename: whatever happens, `path` is a whole checkpoint, the old or the
+    new."""
+    part = path.with_name(path.name + f".{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {e}; an earlier checkpoint there is untouched") from None
+
+
+def load(path, model):
+    """A checkpoint's dictionary on the CPU; never runs code from the file. Raises UserError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["model"]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as e:
+        raise UserError(f"{path} is damaged or no checkpoint of this program ({type(e).__name__}); "
+                        f"delete it and train again") from None
+    if found != model:
+        raise UserError(f"{path} is a checkpoint of {found}, not of {model}")
+    return state
+
+
+def differing(old, new, *sections):
+    """Names of the settings that change a weight and differ between two checkpoints, with both values."""
+    pairs = [(k, old[s].get(k), new[s].get(k)) for s in sections for k in sorted({*old[s], *new[s]} - FREE)]
+    pairs.append(("data", old["data"]["fingerprint"][:12], new["data"]["fingerprint"][:12]))
+    return [f"{k} ({a} -> {b})" for k, a, b in pairs if a != b]
+
+
+def build(module, config, part):
+    """The network of a part: block_N, end_to_end or control. Only this one is built."""
+    if part.startswith("block_"):
+        return module.Block(config, int(part[6:]))
+    return module.EndToEnd(config) if part == "end_to_end" else module.control(config)
+
+
+def command(model, part):
+    flag = f"--block {part[6:]}" if part.startswith("block_") else "--" + part.replace("_", "-")
+    return f"python train.py --model {model} {flag}"
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The training loop
+
+def lr_at(step, training, steps):
+    """Linear warm-up, then a cosine to final_lr; step counts this block's own updates."""
+    warm = min(1.0, (step + 1) / max(1, training.warmup))
+    after = max(0, step - training.warmup) / max(1, steps - training.warmup)
+    cosine = (1 + math.cos(math.pi * after)) / 2
+    return training.lr * warm * (training.final_lr + (1 - training.final_lr) * cosine)
+
+
+def seed_of(seed, part):
+    """A 63-bit seed from (seed, block): no block's stream depends on which others are trained, or when."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {part}".encode()).digest()[:8], "big") >> 1
+
+
+def memory(device):
+    """Peak megabytes: allocated on CUDA, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@torch.no_grad()
+def validate(net, held_out, size):
+    """Mean loss on the held-out batch with fixed noise. Leaves the training's random stream as it was."""
+    devices = [held_out.device] if held_out.device.type == "cuda" else []
+    net.eval()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        parts = [net.loss(b) * len(b) for b in held_out.split(size)]
+    net.train()
+    return sum(parts).item() / len(held_out)
+
+
+def train(module, model, part, config, training, data, device):
+    """Train one part from its first or last saved step to the end; returns nothing, writes OUT/MODEL/PART.pt
+    and .jsonl."""
+    folder = Path(training.out) / model
+    path, log_path = folder / f"{part}.pt", folder / f"{part}.jsonl"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot write to {folder}: {e.strerror}; choose another place with --out") from None
+    torch.manual_seed(seed_of(training.seed, part))
+    net = build(module, config, part).to(device)
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    others = [p for p in net.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": training.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, training.beta2), fused=device.type == "cuda")
+    steps = training.steps
+    if training.epochs:
+        steps = math.ceil(training.epochs * data.length(config) / training.batch_size)
+
+    step, about = 0, {"model": model, "part": part, "config": asdict(config), "training": asdict(training),
+                      "data": data.meta | {"fingerprint": data.fingerprint}}
+    if training.resume:
+        state = load(path, model)
+        changed = differing(state, about, "config", "training")
+        if changed:
+            raise UserError(f"cannot resume {path}, trained with other settings: {', '.join(changed)}")
+        net.load_state_dict(state["net"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        step = state["step"]
+        lines = log_path.read_text().splitlines() if log_path.exists() else []
+        log_path.write_text("".join(f"{s}\n" for s in lines if json.loads(s)["step"] <= step))
+    else:
+        log_path.write_text("")
+
+    def checkpoint():
+        state = about | {"step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict(),
+                         "rng": torch.get_rng_state(), "torch": str(torch.__version__)}
+        if device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(device)
+        save(path, state)
+
+    with torch.device("meta"):  # shapes only, no memory: to count the parameters of the whole model
+        names = [f"block_{b}" for b in range(config.n_blocks)] if part.startswith("block_") else [part]
+        whole = sum(p.numel() for name in names for p in build(module, config, name).parameters())
+    say(f"{model} {net.describe()}")
+    say(f"parameters trained: {sum(p.numel() for p in net.parameters()):,} of {whole:,} in the whole model; "
+        f"device {device}, {training.threads} CPU threads; {'resumes at' if step else 'from'} step {step} of "
+        f"{steps}")
+    held_out = data.held_out(4 * training.batch_size // training.accumulate, config)
+    micro, total, since, began, first = training.batch_size // training.accumulate, 0.0, 0, time.time(), step
+    net.train()
+    while step < steps:
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, training, steps)
+        for _ in range(training.accumulate):
+            loss = net.loss(data.batch(micro, config)) / training.accumulate
+            loss.backward()
+            total = total + loss.detach()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), training.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step, since = step + 1, since + 1
+        progress(f"{part} step {step} of {steps}")
+        logs = step % training.log_every == 0 or step == steps
+        saves = step % training.save_every == 0 or step == steps
+        if logs or saves:
+            mean = float(total) / since
+            if not math.isfinite(mean):
+                kept = f"{path} holds the last good step" if path.exists() else "nothing was saved yet"
+                raise UserError(f"the loss of {part} is {mean} near step {step}; {kept}; try a lower --lr")
+        if logs:
+            row = {"step": step, "loss": mean, "val_loss": validate(net, held_out, micro),
+                   "lr": optimizer.param_groups[0]["lr"], "ms": 1000 * (time.time() - began) / (step - first),
+                   "memory_mb": memory(device)}
+            left = (steps - step) * row["ms"] / 1000
+            progress("")
+            say(f"{net.title} | step {step}/{steps} | loss {mean:.4f} | val {row['val_loss']:.4f} | "
+                f"lr {row['lr']:.1e} | {row['ms']:.0f} ms/step | {row['memory_mb']:.0f} MB | "
+                f"{left / 60:.1f} min left")
+            with open(log_path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+            total, since = 0.0, 0
+        if saves:
+            checkpoint()
+    say(f"done: {path}, peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# What has been trained, put together
+
+def finished(module, model, part, out):
+    """A trained part on the CPU with its checkpoint. Raises UserError that names the command that trains
+    it."""
+    path = Path(out) / model / f"{part}.pt"
+    if not path.exists():
+        raise UserError(f"{path} is missing; train it with: {command(model, part)}")
+    state = load(path, model)
+    config = module.Config(**state["config"])
+    net = build(module, config, part)
+    net.load_state_dict(state["net"])
+    return net.eval(), state
+
+
+def assemble(module, model, out, given, device):
+    """The trained blocks, as a list, and block 0's checkpoint. Raises UserError if one is missing or does not
+    fit."""
+    _, first = finished(module, model, "block_0", out)
+    nets = []
+    for b in range(first["config"]["n_blocks"]):
+        net, state = finished(module, model, f"block_{b}", out)
+        odd = differing(first, state, "config")
+        if odd:
+            raise UserError(f"block {b} does not fit block 0: {', '.join(odd)}; train it again: "
+                            f"{command(model, f'block_{b}')}")
+        nets.append(net.to(device))
+    odd = [f"{k} ({v} -> {given[k]})" for k, v in first["config"].items() if given.get(k, v) != v]
+    if odd:
+        raise UserError(f"the blocks in {out}/{model} were trained with other settings: {', '.join(odd)}")
+    return nets, first
+
+
+def show(tables):
+    """Print {title: {row: {column: number or text}}}."""
+    for title, rows in tables.items():
+        columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+        cells = [[""] + columns] + [[name] + [row.get(c, "") for c in columns] for name, row in rows.items()]
+        cells = [[f"{c:.4g}" if isinstance(c, float) else str(c) for c in line] for line in cells]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
+        say(f"\n{title}")
+        for line in cells:
+            rest = "".join(cell.rjust(width + 3) for cell, width in zip(line[1:], widths[1:]))
+            say(f"  {line[0].ljust(widths[0])}{rest}")
+
+
+def evaluate(module, model, args, training, device):
+    began = time.time()
+    blocks, state = assemble(module, model, training.out, args, device)
+    others = {}
+    for part in ("end_to_end", "control"):
+        if (Path(training.out) / model / f"{part}.pt").exists():
+            net, other = finished(module, model, part, training.out)
+            odd = differing(state, other, "config")
+            if odd:
+                raise UserError(f"{part} does not fit the blocks: {', '.join(odd)}; train it again: "
+                                f"{command(model, part)}")
+            others[part] = net.to(device)
+        else:
+            say(f"without {part}, which is not there; train it with: {command(model, part)}")
+    data = LOADERS[module.DATA][0](training, device)
+    if data.fingerprint != state["data"]["fingerprint"]:
+        say("note: scored on other data than the blocks were trained on")
+    torch.manual_seed(seed_of(training.seed, "eval"))
+    tables = module.evaluate(blocks, others.get("end_to_end"), others.get("control"), data)
+    show(tables)
+    path = Path(training.out) / model / "eval.json"
+    about = {"model": model, "config": state["config"], "training": state["training"], "steps": state["step"],
+             "data": data.meta | {"fingerprint": data.fingerprint}, "torch": str(torch.__version__),
+             "python": platform.python_version(), "device": str(device), "threads": training.threads,
+             "seconds": round(time.time() - began, 1)}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(about | {"tables": tables}, indent=1))
+    os.replace(part, path)
+    say(f"\nsaved {path}; peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
+
+
+def sample(module, model, args, training, sampling, device):
+    part = "end_to_end" if args["end_to_end"] else "control" if args["control"] else None
+    if part:
+        net, state = finished(module, model, part, training.out)
+        nets = net.to(device)
+    else:
+        nets, state = assemble(module, model, training.out, args, device)
+    torch.manual_seed(seed_of(training.seed, "sample"))
+    codec = LOADERS[module.DATA][1](settle(Training, state["training"]))
+    try:
+        say(module.sample(nets, sampling, codec))
+    except ValueError as e:
+        raise UserError(str(e)) from None
+
+
+def run(argv):
+    args, module, preset = parse(argv)
+    model, training = args["model"], settle(Training, preset, args)
+    config, sampling = settle(module.Config, preset, args), settle(module.Sampling, preset, args)
+    check(training)
+    try:
+        module.check(config)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    parts = ["end_to_end"] if args["end_to_end"] else ["control"] if args["control"] else []
+    if args["block"] == "all":
+        parts = [f"block_{b}" for b in range(config.n_blocks)]
+    elif args["block"] is not None:
+        if not args["block"].isdigit() or int(args["block"]) >= config.n_blocks:
+            raise UserError(f"no block {args['block']}: {model} has {config.n_blocks} blocks, "
+                            f"0 to {config.n_blocks - 1}, or all")
+        parts = [f"block_{args['block']}"]
+    device = pick_device(training.device)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    training.threads = training.threads or cores
+    torch.set_num_threads(training.threads)
+
+    if args["eval"] or args["sample"]:
+        # what was trained decides the data and the tokenizer, unless the command line names them
+        path = Path(training.out) / model / f"{parts[0] if parts else 'block_0'}.pt"
+        if not path.exists():
+            raise UserError(f"{path} is missing; train it with: {command(model, path.stem)}")
+        training = settle(Training, load(path, model)["training"], args)
+        training.threads = torch.get_num_threads()
+        if args["eval"]:
+            return evaluate(module, model, args, training, device)
+        return sample(module, model, args, training, sampling, device)
+
+    data = LOADERS[module.DATA][0](training, device)
+    say(f"data: {data.describe()}")
+    for name, fact in data.facts.items():
+        if name in args and args[name] not in (0, fact):
+            raise UserError(f"--{name.replace('_', '-')} {args[name]}: the data has {fact}; drop the flag")
+        setattr(config, name, fact)
+    data.require(config)
+    for part in parts:
+        train(module, model, part, config, training, data, device)
+    here = Path(training.out) / model
+    missing = [p for p in [f"block_{b}" for b in range(config.n_blocks)] + ["end_to_end", "control"]
+               if not (here / f"{p}.pt").exists()]
+    say(f"next: {command(model, missing[0]) if missing else f'python train.py --model {model} --eval'}")
+
+
+def main():
+    try:
+        run(sys.argv[1:])
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()
