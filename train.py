@@ -515,60 +515,81 @@ def validate(net, held_out, size):
     return sum(parts).item() / len(held_out)
 
 
-def train(module, model, part, config, training, data, device):
-    """Train one part from its first or last saved step to the end; returns nothing, writes OUT/MODEL/PART.pt
-    and .jsonl."""
-    folder = Path(training.out) / model
-    path, log_path = folder / f"{part}.pt", folder / f"{part}.jsonl"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot write to {folder}: {e.strerror}; choose another place with --out") from None
-    torch.manual_seed(seed_of(training.seed, part))
-    net = build(module, config, part).to(device)
+def make_optimizer(net, training, device):
+    """AdamW with weight decay on matrices and embeddings, none on gains and biases."""
     matrices = [p for p in net.parameters() if p.dim() > 1]
     others = [p for p in net.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": training.weight_decay},
               {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, training.beta2), fused=device.type == "cuda")
-    steps = training.steps
+    return torch.optim.AdamW(groups, betas=(0.9, training.beta2), fused=device.type == "cuda")
+
+
+def checkpoint(path, about, step, net, optimizer, device):
+    """All that the run needs to go on to the same bits: settings, step, weights, moments, random streams."""
+    state = about | {"step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict(),
+                     "rng": torch.get_rng_state(), "torch": str(torch.__version__)}
+    if device.type == "cuda":
+        state["cuda_rng"] = torch.cuda.get_rng_state(device)
+    save(path, state)
+
+
+def restore(path, about, net, optimizer, device):
+    """Put a checkpoint into net, optimizer and random streams; returns its step. Raises UserError."""
+    state = load(path, about["model"])
+    changed = differing(state, about, "config", "training")
+    if changed:
+        raise UserError(f"cannot resume {path}, trained with other settings: {', '.join(changed)}")
+    net.load_state_dict(state["net"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and "cuda_rng" in state:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
+    return state["step"]
+
+
+def open_log(path, step):
+    """A log file that holds the lines up to a step: none for a new run, no line twice for a resumed one."""
+    kept = []
+    for line in path.read_text().splitlines() if step and path.exists() else []:
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except ValueError:  # the line that a kill cut short
+            pass
+    path.write_text("".join(f"{line}\n" for line in kept))
+    return open(path, "a", buffering=1)
+
+
+def parameters(module, config, parts):
+    """Number of parameters of several parts together, from shapes alone: the meta device holds no memory."""
+    with torch.device("meta"):
+        return sum(p.numel() for part in parts for p in build(module, config, part).parameters())
+
+
+def train(module, model, part, config, training, data, device, resume):
+    """Train one part, alone in this process, and write OUT/MODEL/PART.pt and PART.jsonl. Raises UserError."""
+    folder = Path(training.out) / model
+    path, steps = folder / f"{part}.pt", training.steps
     if training.epochs:
         steps = math.ceil(training.epochs * data.length(config) / training.batch_size)
-
-    step, about = 0, {"model": model, "part": part, "config": asdict(config), "training": asdict(training),
-                      "data": data.meta | {"fingerprint": data.fingerprint}}
-    if training.resume:
-        state = load(path, model)
-        changed = differing(state, about, "config", "training")
-        if changed:
-            raise UserError(f"cannot resume {path}, trained with other settings: {', '.join(changed)}")
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-        step = state["step"]
-        lines = log_path.read_text().splitlines() if log_path.exists() else []
-        log_path.write_text("".join(f"{s}\n" for s in lines if json.loads(s)["step"] <= step))
-    else:
-        log_path.write_text("")
-
-    def checkpoint():
-        state = about | {"step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict(),
-                         "rng": torch.get_rng_state(), "torch": str(torch.__version__)}
-        if device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(device)
-        save(path, state)
-
-    with torch.device("meta"):  # shapes only, no memory: to count the parameters of the whole model
-        names = [f"block_{b}" for b in range(config.n_blocks)] if part.startswith("block_") else [part]
-        whole = sum(p.numel() for name in names for p in build(module, config, name).parameters())
+    about = {"model": model, "part": part, "config": asdict(config), "training": asdict(training),
+             "data": data.meta | {"fingerprint": data.fingerprint}}
+    torch.manual_seed(seed_of(training.seed, part))
+    net = build(module, config, part).to(device)
+    optimizer = make_optimizer(net, training, device)
+    first = step = restore(path, about, net, optimizer, device) if resume else 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = open_log(path.with_suffix(".jsonl"), step)
+    except OSError as e:
+        raise UserError(f"cannot write to {folder}: {e.strerror}; choose another place with --out") from None
+    parts = [f"block_{b}" for b in range(config.n_blocks)] if part.startswith("block_") else [part]
     say(f"{model} {net.describe()}")
-    say(f"parameters trained: {sum(p.numel() for p in net.parameters()):,} of {whole:,} in the whole model; "
-        f"device {device}, {training.threads} CPU threads; {'resumes at' if step else 'from'} step {step} of "
-        f"{steps}")
-    held_out = data.held_out(4 * training.batch_size // training.accumulate, config)
-    micro, total, since, began, first = training.batch_size // training.accumulate, 0.0, 0, time.time(), step
+    say(f"parameters trained: {parameters(module, config, [part]):,} of {parameters(module, config, parts):,} in "
+        f"the whole model; device {device}, {training.threads} CPU threads; from step {step} of {steps}")
+
+    micro = training.batch_size // training.accumulate
+    held_out = data.held_out(4 * micro, config)
+    total, since, began = 0.0, 0, time.time()
     net.train()
     while step < steps:
         for group in optimizer.param_groups:
@@ -576,12 +597,12 @@ def train(module, model, part, config, training, data, device):
         for _ in range(training.accumulate):
             loss = net.loss(data.batch(micro, config)) / training.accumulate
             loss.backward()
-            total = total + loss.detach()
+            total = total + loss.detach()  # no .item(): on a GPU that would wait for the device at every step
         torch.nn.utils.clip_grad_norm_(net.parameters(), training.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, since = step + 1, since + 1
-        progress(f"{part} step {step} of {steps}")
+        progress(f"{net.title} | step {step}/{steps}")
         logs = step % training.log_every == 0 or step == steps
         saves = step % training.save_every == 0 or step == steps
         if logs or saves:
@@ -593,16 +614,14 @@ def train(module, model, part, config, training, data, device):
             row = {"step": step, "loss": mean, "val_loss": validate(net, held_out, micro),
                    "lr": optimizer.param_groups[0]["lr"], "ms": 1000 * (time.time() - began) / (step - first),
                    "memory_mb": memory(device)}
-            left = (steps - step) * row["ms"] / 1000
             progress("")
             say(f"{net.title} | step {step}/{steps} | loss {mean:.4f} | val {row['val_loss']:.4f} | "
                 f"lr {row['lr']:.1e} | {row['ms']:.0f} ms/step | {row['memory_mb']:.0f} MB | "
-                f"{left / 60:.1f} min left")
-            with open(log_path, "a") as f:
-                f.write(json.dumps(row) + "\n")
+                f"{(steps - step) * row['ms'] / 60000:.1f} min left")
+            log.write(json.dumps(row) + "\n")
             total, since = 0.0, 0
         if saves:
-            checkpoint()
+            checkpoint(path, about, step, net, optimizer, device)
     say(f"done: {path}, peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
 
 
@@ -739,9 +758,10 @@ def run(argv):
             raise UserError(f"--{name.replace('_', '-')} {args[name]}: the data has {fact}; drop the flag")
         setattr(config, name, fact)
     data.require(config)
-    for part in parts:
-        train(module, model, part, config, training, data, device)
     here = Path(training.out) / model
+    for part in parts:  # of several blocks, those that were not begun are begun
+        resume = training.resume and (len(parts) == 1 or (here / f"{part}.pt").exists())
+        train(module, model, part, config, training, data, device, resume)
     missing = [p for p in [f"block_{b}" for b in range(config.n_blocks)] + ["end_to_end", "control"]
                if not (here / f"{p}.pt").exists()]
     say(f"next: {command(model, missing[0]) if missing else f'python train.py --model {model} --eval'}")
