@@ -54,7 +54,7 @@ class Config:
 PAPER = dict(n_layer=12, n_blocks=4, n_head=12, n_embd=768, n_cond=128, seq_len=256, gamma=0.1,
              tokenizer="gpt2", batch_size=256, epochs=10.0, lr=3e-4, warmup=2500)
 PRESETS = {
-    "default": dict(steps=800, batch_size=16, lr=4e-3, warmup=50),
+    "default": dict(steps=800, batch_size=8, lr=3e-3, warmup=50),
     "lm1b": dict(PAPER, data="dvruette/lm1b"),
     "owt": dict(PAPER, data="Skylion007/openwebtext", seq_len=1024),
 }
@@ -415,7 +415,7 @@ def bits(nats, n_bytes):
 
 
 @torch.no_grad()
-def evaluate(blocks, end_to_end, control, data, n_windows=512):
+def evaluate(blocks, end_to_end, control, data, n_windows=256):
     """Tables {title: {row: {column: value}}} of blocks, baseline and control (None: left out) on held-out
     windows.
 
