@@ -59,7 +59,7 @@ class LogNormal:
     def __post_init__(self):
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"need 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
-        if self.p_std <= 0 or self.sigma_data <= 0 or self.gamma < 0:
+        if not (self.p_std > 0 and self.sigma_data > 0 and self.gamma >= 0):
             raise ValueError("need p_std > 0, sigma_data > 0 and gamma >= 0")
         if self.weighting not in ("none", "edm"):
             raise ValueError(f"unknown weighting {self.weighting!r}; choose none or edm")
@@ -68,6 +68,9 @@ class LogNormal:
         if self.edges == "probability":
             with torch.device("cpu"):  # also where a network is built on another device, or on "meta"
                 self._edges = self.quantile(quantiles).tolist()
+            if not all(a < b for a, b in zip(self._edges, self._edges[1:])):
+                raise ValueError(f"p_mean {self.p_mean} and p_std {self.p_std} leave a block no levels "
+                                 f"between {self.sigma_min} and {self.sigma_max}")
         elif self.edges == "uniform":
             ratio = self.sigma_max / self.sigma_min
             inner = [self.sigma_min * ratio ** q for q in quantiles[1:-1]]

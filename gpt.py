@@ -24,7 +24,6 @@ from diffusion_blocks import (LogNormal, bayes_logits, bound_ends, bound_share, 
                               split_layers, target_table)
 
 DATA = "text"  # what train.py has to load for this model
-Z_RATE = 0.1   # in effect a tenth of the learning rate for z's way in: z is mostly noise (README, findings)
 
 
 @dataclass
@@ -46,6 +45,7 @@ class Config:
     gamma: float = 0.1              # overlap of neighbouring blocks in training (paper: 0.1 for text)
     edges: str = "probability"      # probability (paper), uniform in ln sigma, or all ends: 0.002,0.3,80
     weighting: str = "none"  # weight of the cross-entropy: none (as the released code, in effect) or edm
+    z_rate: float = 0.1             # scale of z's zero-initialised way in: in effect its learning rate
     table_seed: int = 0             # seed of the target embedding; the same in every block
 
 
@@ -172,7 +172,9 @@ def init_weights(net):
     """All initialisation: N(0, 0.02), residual outputs smaller by sqrt(2 layers) (GPT-2); z and noise enter
     at zero."""
     for name, p in net.named_parameters():
-        if p.dim() == 1:
+        if name == "scale_weight":
+            nn.init.constant_(p, 16.0)  # of the edm readout: between unit vectors alone no softmax is sharp
+        elif p.dim() == 1:
             nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)   # norm weights are 1
         elif "modulation" in name or name.startswith("z_in"):
             nn.init.zeros_(p)   # z is unit noise beside embeddings of std 0.02: it must earn its way in
@@ -208,7 +210,7 @@ class Block(nn.Module):
         self.head = nn.Linear(config.n_embd, config.vocab_size if bayes else config.n_embd, bias=False)
         if not bayes:
             # unit vectors alone cannot make a sharp softmax
-            self.scale_weight = nn.Parameter(torch.tensor([16.0]))
+            self.scale_weight = nn.Parameter(torch.empty(1))
         table = target_table(config.vocab_size, config.n_embd, config.table_seed)  # (V, C)
         self.register_buffer("table", table, persistent=False)
         init_weights(self)
@@ -223,6 +225,7 @@ class Block(nn.Module):
     def context(self, x, cache=None):
         """Keys and values of the clean tokens x (B, T) in every layer, after those of an earlier cache; no
         noise here."""
+        assert not cache or x.shape[1] == 1  # tokens added together would see each other's future
         start = cache[0][0].shape[2] if cache else 0
         h, out = self.embed(x), []                                           # (B, T, C)
         for i, layer in enumerate(self.layers):
@@ -244,7 +247,7 @@ class Block(nn.Module):
         # clean tokens up to its own
         seen = torch.ones(n, start + n, dtype=torch.bool, device=x.device).tril(start)
         mask = torch.cat([seen, own], dim=1)                                 # (T, start + 2T)
-        h = self.embed(x) + Z_RATE * self.z_in(c_in[:, None, None] * z)      # (B, T, C)
+        h = self.embed(x) + self.config.z_rate * self.z_in(c_in[:, None, None] * z)      # (B, T, C)
         for layer, clean in zip(self.layers, context):
             h, _ = layer(h, start, clean, mask, cond)                        # (B, T, C)
         shift, scale = self.modulation(cond).chunk(2, dim=-1)                # (B, 1, C) each
@@ -287,6 +290,7 @@ class EndToEnd(nn.Module):
     def forward(self, x, cache=None):
         """Logits (B, T, V) of the token after each of x (B, T), and the keys and values of all tokens so
         far."""
+        assert not cache or x.shape[1] == 1  # tokens added together would see each other's future
         start = cache[0][0].shape[2] if cache else 0
         h, out = self.embed(x), []                                           # (B, T, C)
         for i, layer in enumerate(self.layers):
@@ -307,6 +311,8 @@ def cross_entropy(logits, target):
 
 def check(config):
     """Raises ValueError, in words for the user, if no network can be built from this configuration."""
+    if min(config.n_layer, config.n_blocks, config.n_head, config.n_embd) < 1:
+        raise ValueError("n_layer, n_blocks, n_head and n_embd must be at least 1")
     make_noise(config)
     split_layers(config.n_layer, config.n_blocks, config.layer_split)
     if config.n_embd % (2 * config.n_head):
@@ -315,6 +321,14 @@ def check(config):
         raise ValueError("n_cond must be even and at least 2, seq_len at least 2")
     if config.readout not in ("bayes", "edm"):
         raise ValueError(f"unknown readout {config.readout!r}; choose bayes or edm")
+
+
+def check_sampling(sampling):
+    """Raises ValueError, in words for the user, for values that nothing can be sampled with."""
+    if sampling.n_tokens < 0 or sampling.temperature < 0 or sampling.top_k < 0:
+        raise ValueError("n_tokens, temperature and top_k must not be negative")
+    if sampling.euler_steps < 0 or sampling.euler_steps == 1:
+        raise ValueError("euler_steps must be 0, for the default, or at least 2")
 
 
 def control(config):
@@ -402,14 +416,14 @@ def sample(nets, sampling, tokenizer):
 # -----------------------------------------------------------------------------------------------------------
 # Evaluation
 
-BATCH = 32  # windows at a time
-
 
 def bits(nats, n_bytes):
     """Bits per byte and its standard error, from nats and bytes of batches of windows (a ratio of two
     sums)."""
     nats, n_bytes = torch.tensor(nats).double(), torch.tensor(n_bytes).double()
     ratio = nats.sum() / n_bytes.sum()
+    if len(nats) < 2:
+        return {"bits per byte": ratio.item() / math.log(2)}
     error = (nats - ratio * n_bytes).std() / (n_bytes.mean() * len(nats) ** 0.5)
     return {"bits per byte": ratio.item() / math.log(2), "+-": error.item() / math.log(2)}
 
@@ -422,9 +436,12 @@ def evaluate(blocks, end_to_end, control, data, n_windows=256):
     Bits per byte whatever the tokenizer. A block's share of the bound is in the same unit, and the shares add
     up."""
     config, noise, table = blocks[0].config, blocks[0].noise, blocks[0].table
-    windows = data.held_out(n_windows, config).split(BATCH)
+    at_once = max(1, min(32, 2 ** 27 // (config.vocab_size * config.seq_len)))  # at most 512 MB of logits
+    windows = data.held_out(n_windows, config).split(at_once)
     sizes = [data.token_bytes[w[:, 1:]].sum().item() for w in windows]     # bytes scored in each batch
-    grid = noise.steps(2 * config.n_blocks + 1).tolist()  # the edges, and a level inside each interval
+    ends = [noise.interval(b)[::-1] for b in range(config.n_blocks)]
+    grid = [s for hi, lo in ends for s in (hi, noise.icdf(noise.cdf([hi, lo]).mean()).item())]
+    grid.append(noise.sigma_min)  # so: every upper end, a level inside each interval, and the lowest
     names = [f"block {b}" for b in range(config.n_blocks)]
     scores = {n: [] for n in ["baseline", "control", "reconstruction", "prior", "sigma_max", *names]}
     hint_free, at_level = {n: [] for n in names}, {s: [] for s in grid}
@@ -448,9 +465,9 @@ def evaluate(blocks, end_to_end, control, data, n_windows=256):
             scores[f"block {b}"].append(bound_share(squared_error, y, noise, b) * len(w))
             middle = torch.full((len(w),), math.sqrt(math.prod(noise.interval(b))), device=w.device)
             hint_free[f"block {b}"].append(nats(b, torch.zeros_like(y), middle).sum().item())
-        ends = bound_ends(lambda z, sigma: nats(-1, z, sigma), y, noise)
-        scores["reconstruction"].append(ends[0] * len(w))
-        scores["prior"].append(ends[1] * len(w))
+        reconstruction, prior = bound_ends(lambda z, sigma: nats(-1, z, sigma), y, noise)
+        scores["reconstruction"].append(reconstruction * len(w))
+        scores["prior"].append(prior * len(w))
         for s in grid:
             level = torch.full((len(w),), s, device=w.device)
             at_level[s].append(nats(noise.block_of(s), noise.corrupt(y, level), level).sum().item())
@@ -463,6 +480,8 @@ def evaluate(blocks, end_to_end, control, data, n_windows=256):
     summary = {n: bits(scores[n], sizes) for n in ("baseline", "control") if scores[n]}
     summary["blocks (bound)"] = bits(bound, sizes)
     summary["blocks, cross-entropy at sigma_max"] = bits(at_level[grid[0]], sizes)
+    at_max = at_level[grid[0]]
+    summary["bound - cross-entropy at sigma_max"] = bits([a - b for a, b in zip(bound, at_max)], sizes)
     if control is not None:
         summary["blocks (bound) - control"] = bits([a - b for a, b in zip(bound, scores["control"])], sizes)
     for name, values in (("baseline", right["baseline"]), ("control", right["control"])):
@@ -508,7 +527,7 @@ def generation(blocks, judge, data, config, n=64, length=128):
         new = tokens[:, start:stop]                                        # (N, length)
         nats = cross_entropy(judge(tokens[:, :stop - 1])[0], tokens[:, 1:stop])[:, start - 1:]
         pairs = torch.stack([new[:, :-1], new[:, 1:]], -1).flatten(0, 1)   # (N * (length - 1), 2)
-        p = torch.bincount(new.flatten()).double() / new.numel()
+        p = torch.bincount(new.flatten().cpu()).double() / new.numel()
         p = p[p > 0]
         return {"judge, bits per byte": nats.sum().item() / math.log(2) / data.token_bytes[new].sum().item(),
                 "distinct-2": len(pairs.unique(dim=0)) / len(pairs),

@@ -40,7 +40,7 @@ class Training:
     column: str = "text"            # column of a hub dataset that holds the text
     tokenizer: str = "bytes"        # bytes, or any tiktoken encoding such as gpt2
     steps: int = 1000               # optimizer updates for each block (and as many for the baseline)
-    epochs: float = 0.0             # passes over the data instead of steps; 0: use steps
+    epochs: float = 0.0             # passes over the data in the place of steps; 0: as --steps says
     batch_size: int = 16            # sequences or images in an update
     accumulate: int = 1             # parts that a batch is cut into, to save memory (gradient accumulation)
     lr: float = 1e-3                # peak learning rate (AdamW, betas 0.9 and --beta2)
@@ -127,6 +127,10 @@ def parse(argv):
     add_flags(parser.add_argument_group("sampling"), module.Sampling, preset)
     args = vars(parser.parse_args(argv))
     chosen = [k for k in ("block", "end_to_end", "control", "eval", "sample") if args[k]]
+    if "steps" in args:
+        if "epochs" in args:
+            raise UserError("give --steps or --epochs, not both")
+        args["epochs"] = 0.0  # a preset's epochs do not outvote what was typed
     if len(chosen) != 1 and chosen not in (["end_to_end", "sample"], ["control", "sample"]):
         raise UserError("say what to do: --block N, --block all, --end-to-end, --control, --eval or --sample")
     return args, module, preset
@@ -144,6 +148,8 @@ def check(training):
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if training.batch_size % training.accumulate:
         raise UserError(f"--accumulate {training.accumulate} must divide --batch-size {training.batch_size}")
+    if training.threads < 0 or training.warmup < 0 or not 0 <= training.epochs < math.inf:
+        raise UserError("--threads, --warmup and --epochs must not be negative")
     if not (math.isfinite(training.lr) and training.lr > 0 and 0 <= training.beta2 < 1 and training.clip > 0):
         raise UserError("need --lr > 0, 0 <= --beta2 < 1 and --clip > 0")
 
@@ -216,12 +222,12 @@ class Tokenizer:
 
 
 def pieces(text):
-    """A long text cut before white space, where no token of a tiktoken encoding is cut."""
+    """A long text cut before the first white space after a word, where GPT-2's encoding cuts no token."""
     start = 0
     while start < len(text):
         end = start + PIECE
         space = b" \n" if isinstance(text, bytes) else " \n"
-        while end < len(text) and text[end:end + 1] not in space:
+        while end < len(text) and (text[end:end + 1] not in space or text[end - 1:end] in space):
             end += 1
         yield text[start:end]
         start = end
@@ -244,8 +250,10 @@ def local_documents(source):
     else:
         root = Path(source) if Path(source).is_dir() else Path(source).parent
         files = sorted(root.rglob("*.txt")) if Path(source).is_dir() else [Path(source)]
+        if files and files[0].suffix in HUB_FORM:
+            raise UserError(f"{source} is a dataset file, not a text; give the folder that holds it")
         if not files:
-            raise UserError(f"{source} holds no .txt file and no dataset file (parquet, arrow, json, csv)")
+            raise UserError(f"{source} holds no .txt file and no dataset file ({', '.join(HUB_FORM)})")
         identity = {"source": Path(source).name}
     try:
         documents = [p.read_bytes() for p in files]
@@ -263,9 +271,12 @@ def local_documents(source):
     return identity, [text[:cut]], [text[cut:]]
 
 
+HUB_FORM = (".parquet", ".arrow", ".jsonl", ".csv")
+
+
 def is_hub_folder(path):
     suffixes = {p.suffix for p in path.rglob("*")} if path.is_dir() else set()
-    return bool(suffixes & {".parquet", ".arrow", ".jsonl", ".csv"})
+    return bool(suffixes & set(HUB_FORM))
 
 
 def hub_documents(source, split, column):
@@ -449,14 +460,14 @@ def load(path, model):
     """A checkpoint's dictionary on the CPU; never runs code from the file. Raises UserError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        found = state["model"]
+        found = state["model"], state["part"]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except Exception as e:
         raise UserError(f"{path} is damaged or no checkpoint of this program ({type(e).__name__}); "
                         f"delete it and train again") from None
-    if found != model:
-        raise UserError(f"{path} is a checkpoint of {found}, not of {model}")
+    if found != (model, path.stem):
+        raise UserError(f"{path} is a checkpoint of {found[0]} {found[1]}, not of {model} {path.stem}")
     return state
 
 
@@ -474,9 +485,12 @@ def build(module, config, part):
     return module.EndToEnd(config) if part == "end_to_end" else module.control(config)
 
 
+TYPED = []  # the settings of this command line, for the commands that messages name
+
+
 def command(model, part):
     flag = f"--block {part[6:]}" if part.startswith("block_") else "--" + part.replace("_", "-")
-    return f"python train.py --model {model} {flag}"
+    return " ".join([f"python train.py --model {model} {flag}", *TYPED])
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -503,15 +517,29 @@ def memory(device):
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def rng_state(device):
+    """The random streams of the CPU and, if there is one, of the accelerator."""
+    more = {"cuda": torch.cuda.get_rng_state, "mps": lambda _: torch.mps.get_rng_state()}.get(device.type)
+    return [torch.get_rng_state()] + ([more(device)] if more else [])
+
+
+def set_rng_state(states, device):
+    torch.set_rng_state(states[0])
+    if len(states) > 1 and device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+    if len(states) > 1 and device.type == "mps":
+        torch.mps.set_rng_state(states[1])
+
+
 @torch.no_grad()
 def validate(net, held_out, size):
     """Mean loss on the held-out batch with fixed noise. Leaves the training's random stream as it was."""
-    devices = [held_out.device] if held_out.device.type == "cuda" else []
+    before = rng_state(held_out.device)
+    torch.manual_seed(0)
     net.eval()
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(0)
-        parts = [net.loss(b) * len(b) for b in held_out.split(size)]
+    parts = [net.loss(b) * len(b) for b in held_out.split(size)]
     net.train()
+    set_rng_state(before, held_out.device)
     return sum(parts).item() / len(held_out)
 
 
@@ -527,9 +555,7 @@ def make_optimizer(net, training, device):
 def checkpoint(path, about, step, net, optimizer, device):
     """All that the run needs to go on to the same bits: settings, step, weights, moments, random streams."""
     state = about | {"step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict(),
-                     "rng": torch.get_rng_state(), "torch": str(torch.__version__)}
-    if device.type == "cuda":
-        state["cuda_rng"] = torch.cuda.get_rng_state(device)
+                     "rng": rng_state(device), "torch": str(torch.__version__)}
     save(path, state)
 
 
@@ -541,9 +567,7 @@ def restore(path, about, net, optimizer, device):
         raise UserError(f"cannot resume {path}, trained with other settings: {', '.join(changed)}")
     net.load_state_dict(state["net"])
     optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    if device.type == "cuda" and "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"], device)
+    set_rng_state(state["rng"], device)
     return state["step"]
 
 
@@ -571,8 +595,8 @@ def train(module, model, part, config, training, data, device, resume):
     path, steps = folder / f"{part}.pt", training.steps
     if training.epochs:
         steps = math.ceil(training.epochs * data.length(config) / training.batch_size)
-    about = {"model": model, "part": part, "config": asdict(config), "training": asdict(training),
-             "data": data.meta | {"fingerprint": data.fingerprint}}
+    about = {"model": model, "part": part, "steps": steps, "config": asdict(config),
+             "training": asdict(training), "data": data.meta | {"fingerprint": data.fingerprint}}
     torch.manual_seed(seed_of(training.seed, part))
     net = build(module, config, part).to(device)
     optimizer = make_optimizer(net, training, device)
@@ -584,8 +608,9 @@ def train(module, model, part, config, training, data, device, resume):
         raise UserError(f"cannot write to {folder}: {e.strerror}; choose another place with --out") from None
     parts = [f"block_{b}" for b in range(config.n_blocks)] if part.startswith("block_") else [part]
     say(f"{model} {net.describe()}")
-    say(f"parameters trained: {parameters(module, config, [part]):,} of {parameters(module, config, parts):,} in "
-        f"the whole model; device {device}, {training.threads} CPU threads; from step {step} of {steps}")
+    own, whole = parameters(module, config, [part]), parameters(module, config, parts)
+    say(f"parameters trained: {own:,} of {whole:,} in the whole model; device {device}, "
+        f"{training.threads} CPU threads; from step {step} of {steps}")
 
     micro = training.batch_size // training.accumulate
     held_out = data.held_out(4 * micro, config)
@@ -598,7 +623,8 @@ def train(module, model, part, config, training, data, device, resume):
             loss = net.loss(data.batch(micro, config)) / training.accumulate
             loss.backward()
             total = total + loss.detach()  # no .item(): on a GPU that would wait for the device at every step
-        torch.nn.utils.clip_grad_norm_(net.parameters(), training.clip)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), training.clip)
+        total = total + 0.0 * norm  # a gradient that is not finite makes the loss reported nan, too
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, since = step + 1, since + 1
@@ -611,13 +637,15 @@ def train(module, model, part, config, training, data, device, resume):
                 kept = f"{path} holds the last good step" if path.exists() else "nothing was saved yet"
                 raise UserError(f"the loss of {part} is {mean} near step {step}; {kept}; try a lower --lr")
         if logs:
-            row = {"step": step, "loss": mean, "val_loss": validate(net, held_out, micro),
+            row = {"part": part, "title": net.title, "step": step, "loss": mean,
+                   "val_loss": validate(net, held_out, micro),
                    "lr": optimizer.param_groups[0]["lr"], "ms": 1000 * (time.time() - began) / (step - first),
                    "memory_mb": memory(device)}
+            row["minutes_left"] = (steps - step) * row["ms"] / 60000
             progress("")
             say(f"{net.title} | step {step}/{steps} | loss {mean:.4f} | val {row['val_loss']:.4f} | "
                 f"lr {row['lr']:.1e} | {row['ms']:.0f} ms/step | {row['memory_mb']:.0f} MB | "
-                f"{(steps - step) * row['ms'] / 60000:.1f} min left")
+                f"{row['minutes_left']:.1f} min left")
             log.write(json.dumps(row) + "\n")
             total, since = 0.0, 0
         if saves:
@@ -638,6 +666,9 @@ def finished(module, model, part, out):
     config = module.Config(**state["config"])
     net = build(module, config, part)
     net.load_state_dict(state["net"])
+    if state["step"] < state["steps"]:
+        say(f"note: {part} stands at step {state['step']} of {state['steps']}; go on with: "
+            f"{command(model, part)} --resume")
     return net.eval(), state
 
 
@@ -675,7 +706,7 @@ def show(tables):
 def evaluate(module, model, args, training, device):
     began = time.time()
     blocks, state = assemble(module, model, training.out, args, device)
-    others = {}
+    others, updates = {}, {"block_0": state["step"]}
     for part in ("end_to_end", "control"):
         if (Path(training.out) / model / f"{part}.pt").exists():
             net, other = finished(module, model, part, training.out)
@@ -683,22 +714,30 @@ def evaluate(module, model, args, training, device):
             if odd:
                 raise UserError(f"{part} does not fit the blocks: {', '.join(odd)}; train it again: "
                                 f"{command(model, part)}")
+            if other["step"] != state["step"]:
+                say(f"note: {part} has had {other['step']} updates, block 0 {state['step']}: not equal")
             others[part] = net.to(device)
+            updates[part] = other["step"]
         else:
             say(f"without {part}, which is not there; train it with: {command(model, part)}")
     data = LOADERS[module.DATA][0](training, device)
+    odd = [f"{k} ({state['config'][k]} -> {v})" for k, v in data.facts.items() if state["config"][k] != v]
+    if odd:
+        raise UserError(f"this data does not fit the blocks: {', '.join(odd)}; drop --data and --tokenizer")
+    data.require(blocks[0].config)
     if data.fingerprint != state["data"]["fingerprint"]:
         say("note: scored on other data than the blocks were trained on")
     torch.manual_seed(seed_of(training.seed, "eval"))
     tables = module.evaluate(blocks, others.get("end_to_end"), others.get("control"), data)
     show(tables)
     path = Path(training.out) / model / "eval.json"
-    about = {"model": model, "config": state["config"], "training": state["training"], "steps": state["step"],
+    about = {"model": model, "config": state["config"], "updates": updates,
+             "training": {k: v for k, v in state["training"].items() if k not in FREE},
              "data": data.meta | {"fingerprint": data.fingerprint}, "torch": str(torch.__version__),
              "python": platform.python_version(), "device": str(device), "threads": training.threads,
              "seconds": round(time.time() - began, 1)}
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(about | {"tables": tables}, indent=1))
+    part.write_text(json.dumps(about | {"tables": tables}, indent=1, allow_nan=False))
     os.replace(part, path)
     say(f"\nsaved {path}; peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
 
@@ -722,9 +761,13 @@ def run(argv):
     args, module, preset = parse(argv)
     model, training = args["model"], settle(Training, preset, args)
     config, sampling = settle(module.Config, preset, args), settle(module.Sampling, preset, args)
+    own = {f.name for cls in (Training, module.Config) for f in fields(cls)} - {"resume"}
+    TYPED[:] = [f"--{k.replace('_', '-')} {v}" for k, v in args.items() if k in own]
+    TYPED[:0] = [f"--preset {args['preset']}"] if args["preset"] != "default" else []
     check(training)
     try:
         module.check(config)
+        module.check_sampling(sampling)
     except ValueError as e:
         raise UserError(str(e)) from None
     parts = ["end_to_end"] if args["end_to_end"] else ["control"] if args["control"] else []
@@ -745,7 +788,9 @@ def run(argv):
         path = Path(training.out) / model / f"{parts[0] if parts else 'block_0'}.pt"
         if not path.exists():
             raise UserError(f"{path} is missing; train it with: {command(model, path.stem)}")
-        training = settle(Training, load(path, model)["training"], args)
+        of_data = {k: v for k, v in load(path, model)["training"].items()
+                   if k in ("data", "split", "column", "tokenizer")}
+        training = settle(Training, of_data, args)
         training.threads = torch.get_num_threads()
         if args["eval"]:
             return evaluate(module, model, args, training, device)
@@ -764,7 +809,7 @@ def run(argv):
         train(module, model, part, config, training, data, device, resume)
     missing = [p for p in [f"block_{b}" for b in range(config.n_blocks)] + ["end_to_end", "control"]
                if not (here / f"{p}.pt").exists()]
-    say(f"next: {command(model, missing[0]) if missing else f'python train.py --model {model} --eval'}")
+    say(f"next: {command(model, missing[0]) if missing else command(model, 'eval')}")
 
 
 def main():
