@@ -577,6 +577,10 @@ def test_trained_blocks_are_assembled_scored_and_sampled(data_dir, text_file, tm
     assert first["blocks (bound)"]["bits per byte"] == pytest.approx(sum(shares))
     for name in ("baseline", "control", "blocks (bound)"):
         assert first[name]["bits per byte"] < 4.5  # a uniform guess among 256 is 8, the unigram about 4.6
+    suggested = re.findall(r"next: python train\.py (.*)", capsys.readouterr().out)
+    assert len(suggested) == 3 and "--end-to-end" in suggested[0] and suggested[2].startswith("--model gpt --eval")
+    for line in suggested:                              # a command that messages name can be typed as it stands
+        assert train.parse(line.split())[0]["n_embd"] == 32
     assert result["data"]["tokenizer"] == "bytes" and result["config"]["n_blocks"] == 2
     capsys.readouterr()
     (tmp_path / "gpt").rename(tmp_path / "moved")           # checkpoints do not mind where they lie

@@ -36,6 +36,9 @@ def tables():
     main = markdown(["gpt.py, bytes of the standard library", "bits per byte", "next byte right, %"], [
         [text, cell(first, row), cell("next token right, %", right[row], "%", 1) if row in right else ""]
         for row, text in names.items()])
+    gaps = [run[first]["blocks (bound)"]["bits per byte"]
+            - run[first]["blocks, cross-entropy at sigma_max"]["bits per byte"] for run in runs]
+    main += f"\n| bound − cross-entropy at sigma_max | {spread(gaps)} | |"
     shares, free = "the bound, share by share", "each block without its hint (z = 0)"
     blocks = markdown(["", "share of the bound, bits per byte", "without its hint (z = 0), bits per byte"], [
         [row, cell(shares, row), cell(free, row) if row in runs[0][free] else ""] for row in runs[0][shares]])
