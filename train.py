@@ -8,7 +8,7 @@
     python train.py --model gpt --sample        generate from the blocks (or --end-to-end: the baseline)
 
 This file holds flags, data, one training loop and checkpoints; it knows nothing of noise levels. A model file
-offers Config, PRESETS, Sampling, DATA, check, check_sampling, Block, EndToEnd, control, evaluate and sample. """
+offers Config, PRESETS, Sampling, DATA, check, check_sampling, Block, EndToEnd, control, evaluate, sample. """
 import argparse
 import hashlib
 import importlib
@@ -762,8 +762,8 @@ def run(argv):
     model, training = args["model"], settle(Training, preset, args)
     config, sampling = settle(module.Config, preset, args), settle(module.Sampling, preset, args)
     own = {f.name for cls in (Training, module.Config) for f in fields(cls)} - {"resume"}
+    own -= {"epochs"} if "steps" in args else set()  # parse has put it there
     TYPED[:] = [f"--{k.replace('_', '-')} {v}" for k, v in args.items() if k in own]
-    TYPED[:] = [flag for flag in TYPED if not ("steps" in args and flag.startswith("--epochs"))]
     TYPED[:0] = [f"--preset {args['preset']}"] if args["preset"] != "default" else []
     check(training)
     try:
