@@ -1,5 +1,4 @@
-"""Autoregressive GPT, block by block: every block denoises the embedding of the next token (arXiv
-2506.14202).
+"""Autoregressive GPT, block by block: every block denoises the embedding of the next token.
 
 x is the clean text so far, y the fixed unit-norm embedding E of the next token at every position, z = y +
 sigma * eps. A block carries two streams through its own layers. The clean stream is a plain causal decoder
@@ -33,7 +32,7 @@ class Config:
     layer_split: str = ""           # layers of each block, e.g. 3,3,1,1; empty: the same number in each
     n_head: int = 4                 # attention heads
     n_embd: int = 96                # width, and the dimension of the target embedding
-    n_cond: int = 32  # width of the noise-level embedding (about n_embd / 6 in the released ViT)
+    n_cond: int = 32                # width of the noise-level embedding (released ViT: n_embd / 6)
     seq_len: int = 256              # context length in tokens
     vocab_size: int = 0             # 0: as the tokenizer has it
     readout: str = "bayes"          # bayes: prior + z.E/sigma^2; edm: the paper's, c_skip z + c_out F
@@ -44,7 +43,7 @@ class Config:
     sigma_data: float = 0.5         # EDM's; scales z at the input (and the edm readout)
     gamma: float = 0.1              # overlap of neighbouring blocks in training (paper: 0.1 for text)
     edges: str = "probability"      # probability (paper), uniform in ln sigma, or all ends: 0.002,0.3,80
-    weighting: str = "none"  # weight of the cross-entropy: none (as the released code, in effect) or edm
+    weighting: str = "none"         # of the cross-entropy: none (in effect the released code's) or edm
     z_rate: float = 0.1             # scale of z's zero-initialised way in: in effect its learning rate
     table_seed: int = 0             # seed of the target embedding; the same in every block
 
@@ -243,8 +242,8 @@ class Block(nn.Module):
         _, _, c_in, c_noise = self.noise.precondition(sigma)
         cond = self.noise_embedding(c_noise)                                 # (B, 1, n_cond)
         n, start = x.shape[1], context[0][0].shape[2] - x.shape[1]
-        own = torch.eye(n, dtype=torch.bool, device=x.device)  # a slot sees itself, no other slot, and
-        # clean tokens up to its own
+        # a slot sees itself, no other slot, and clean tokens up to its own
+        own = torch.eye(n, dtype=torch.bool, device=x.device)
         seen = torch.ones(n, start + n, dtype=torch.bool, device=x.device).tril(start)
         mask = torch.cat([seen, own], dim=1)                                 # (T, start + 2T)
         h = self.embed(x) + self.config.z_rate * self.z_in(c_in[:, None, None] * z)      # (B, T, C)
@@ -443,7 +442,7 @@ def evaluate(blocks, end_to_end, control, data, n_windows=256):
     grid = [s for hi, lo in ends for s in (hi, noise.icdf(noise.cdf([hi, lo]).mean()).item())]
     grid.append(noise.sigma_min)  # so: every upper end, a level inside each interval, and the lowest
     names = [f"block {b}" for b in range(config.n_blocks)]
-    scores = {n: [] for n in ["baseline", "control", "reconstruction", "prior", "sigma_max", *names]}
+    scores = {n: [] for n in ["baseline", "control", "reconstruction", "prior", *names]}
     hint_free, at_level = {n: [] for n in names}, {s: [] for s in grid}
     right = {"baseline": [], "control": [], "blocks from z = 0": [], "blocks from noise": []}
     for w in windows:
@@ -479,8 +478,8 @@ def evaluate(blocks, end_to_end, control, data, n_windows=256):
     bound = [sum(scores[n][i] for n in shares) for i in range(len(windows))]
     summary = {n: bits(scores[n], sizes) for n in ("baseline", "control") if scores[n]}
     summary["blocks (bound)"] = bits(bound, sizes)
-    summary["blocks, cross-entropy at sigma_max"] = bits(at_level[grid[0]], sizes)
     at_max = at_level[grid[0]]
+    summary["blocks, cross-entropy at sigma_max"] = bits(at_max, sizes)
     summary["bound - cross-entropy at sigma_max"] = bits([a - b for a, b in zip(bound, at_max)], sizes)
     if control is not None:
         summary["blocks (bound) - control"] = bits([a - b for a, b in zip(bound, scores["control"])], sizes)

@@ -651,7 +651,7 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
-@pytest.mark.parametrize("damage", ["cut", "noise", "bomb", "other block", "other model"])
+@pytest.mark.parametrize("damage", ["cut", "noise", "bomb", "other block", "other model", "old form"])
 def test_a_bad_checkpoint_is_refused_and_runs_no_code(damage, data_dir, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     go("--block=all", data=text_file, out=tmp_path)
@@ -666,6 +666,8 @@ def test_a_bad_checkpoint_is_refused_and_runs_no_code(damage, data_dir, text_fil
         torch.save({"model": "gpt", "config": Bomb()}, path)
     else:
         torch.save({"model": "vit", "part": "block_1"}, path)
+    if damage == "old form":
+        torch.save({"model": "gpt", "part": "block_1", "config": {"older": 1}}, path)
     with pytest.raises(train.UserError, match="block_1.pt") as e:
         go("--sample", data=text_file, out=tmp_path)
     assert "\n" not in str(e.value) and not Path("exploded").exists()

@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import shutil
 import sys
 import sysconfig
@@ -663,10 +664,14 @@ def finished(module, model, part, out):
     if not path.exists():
         raise UserError(f"{path} is missing; train it with: {command(model, part)}")
     state = load(path, model)
-    config = module.Config(**state["config"])
-    net = build(module, config, part)
-    net.load_state_dict(state["net"])
-    if state["step"] < state["steps"]:
+    try:
+        net = build(module, module.Config(**state["config"]), part)
+        net.load_state_dict(state["net"])
+        unfinished = state["step"] < state["steps"]
+    except (KeyError, TypeError, RuntimeError):
+        raise UserError(f"{path} does not fit this version of the program; train it again: "
+                        f"{command(model, part)}") from None
+    if unfinished:
         say(f"note: {part} stands at step {state['step']} of {state['steps']}; go on with: "
             f"{command(model, part)} --resume")
     return net.eval(), state
@@ -763,7 +768,7 @@ def run(argv):
     config, sampling = settle(module.Config, preset, args), settle(module.Sampling, preset, args)
     own = {f.name for cls in (Training, module.Config) for f in fields(cls)} - {"resume"}
     own -= {"epochs"} if "steps" in args else set()  # parse has put it there
-    TYPED[:] = [f"--{k.replace('_', '-')} {v}" for k, v in args.items() if k in own]
+    TYPED[:] = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in args.items() if k in own]
     TYPED[:0] = [f"--preset {args['preset']}"] if args["preset"] != "default" else []
     check(training)
     try:
