@@ -442,7 +442,7 @@ def test_top_k_and_temperature_choose_among_the_probable():
 
 
 def test_presets_name_fields_that_exist_and_networks_that_can_be_built():
-    known = {f.name for cls in (gpt.Config, train.Training) for f in fields(cls)}
+    known = {f.name for cls in (gpt.Config, train.TextTraining) for f in fields(cls)}
     for name, preset in gpt.PRESETS.items():
         assert set(preset) <= known, name
         c = replace(train.settle(gpt.Config, preset), vocab_size=50257)
@@ -638,10 +638,10 @@ def test_a_wrong_command_exits_with_one_line_and_without_a_traceback():
 
 def test_help_names_every_flag_with_its_meaning_and_default():
     text = cli("--help").stdout
-    for cls in (gpt.Config, gpt.Sampling, train.Training):
+    for cls in (gpt.Config, gpt.Sampling, train.TextTraining):
         for f in fields(cls):
             assert f"--{f.name.replace('_', '-')}" in text
-    assert text.count("(default: ") >= len(fields(gpt.Config)) + len(fields(train.Training))
+    assert text.count("(default: ") >= len(fields(gpt.Config)) + len(fields(train.TextTraining))
     # the default shown is the one in force, the preset's
     assert re.search(rf"--lr LR.*?\(default:\s+{gpt.PRESETS['default']['lr']}\)\n", text, re.S)
 
@@ -687,7 +687,7 @@ def test_a_block_of_other_settings_does_not_fit(data_dir, text_file, tmp_path):
 # Data
 
 def load(data_dir, **settings):
-    return train.load_text(train.Training(**settings), torch.device("cpu"))
+    return train.load_text(train.TextTraining(**settings), torch.device("cpu"))
 
 
 def test_the_default_text_is_the_interpreters_own_and_the_same_each_time(data_dir):
@@ -717,8 +717,8 @@ def test_of_a_folder_of_texts_every_tenth_is_held_out(data_dir, tmp_path):
 
 def test_windows_are_shifted_by_one_and_held_out_ones_never_change(data_dir, text_file):
     text, c = load(data_dir, data=str(text_file)), config()
-    assert text.batch(4, c).shape == (4, 17) and text.batch(4, c).dtype == torch.int64
-    row = bytes(text.batch(1, c)[0].tolist())
+    assert text.batch(4, c, 0).shape == (4, 17) and text.batch(4, c, 0).dtype == torch.int64
+    row = bytes(text.batch(1, c, 0)[0].tolist())
     assert row in text_file.read_bytes()
     assert torch.equal(text.held_out(8, c), text.held_out(8, c))
 

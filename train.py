@@ -10,6 +10,7 @@
 This file holds flags, data, one training loop and checkpoints; it knows nothing of noise levels. A model file
 offers Config, PRESETS, Sampling, DATA, check, check_sampling, Block, EndToEnd, control, evaluate, sample. """
 import argparse
+import copy
 import hashlib
 import importlib
 import inspect
@@ -26,7 +27,7 @@ import sysconfig
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import get_type_hints
+from typing import Callable, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
@@ -36,10 +37,6 @@ MODELS = ("gpt",)
 
 @dataclass
 class Training:
-    data: str = "stdlib"  # stdlib, a text file, a folder, or a Hugging Face hub id (a folder in hub form too)
-    split: str = "train"            # split of a hub dataset to train on
-    column: str = "text"            # column of a hub dataset that holds the text
-    tokenizer: str = "bytes"        # bytes, or any tiktoken encoding such as gpt2
     steps: int = 1000               # optimizer updates for each block (and as many for the baseline)
     epochs: float = 0.0             # passes over the data in the place of steps; 0: as --steps says
     batch_size: int = 16            # sequences or images in an update
@@ -50,6 +47,7 @@ class Training:
     warmup: int = 50                # updates of linear warm-up, counted for each block by itself
     final_lr: float = 0.05          # where the cosine ends, as a fraction of lr
     clip: float = 1.0               # largest gradient norm
+    ema: float = 0.0                # decay of the running mean of the weights that is kept and used; 0: none
     seed: int = 0                   # a block's random stream is a function of (seed, block) alone
     threads: int = 0                # CPU threads; 0: all cores. Same number, same bits
     device: str = "auto"            # auto, cpu, cuda, cuda:1, mps
@@ -59,8 +57,26 @@ class Training:
     save_every: int = 200           # updates between checkpoints
 
 
+@dataclass
+class TextTraining(Training):
+    data: str = "stdlib"  # stdlib, a text file, a folder, or a Hugging Face hub id (a folder in hub form too)
+    split: str = "train"            # split of a hub dataset to train on
+    column: str = "text"            # column of a hub dataset that holds the text
+    tokenizer: str = "bytes"        # bytes, or any tiktoken encoding such as gpt2
+
+
+@dataclass
+class ImageTraining(Training):
+    data: str = "digits"  # digits, a hub id, a folder in hub form or of images by class, an .npz of latents
+    split: str = "train"            # split of a dataset to train on
+    image_column: str = ""          # column that holds the images; empty: the one whose type is image
+    label_column: str = ""          # column that holds the labels; empty: the class label with most classes
+    augment: str = "none"           # none, or any of crop, flip, rand (RandAugment), joined by commas
+
+
 # what may differ between a checkpoint and the command that resumes it: none of these changes a weight
-FREE = {"data", "split", "column", "device", "out", "resume", "log_every", "save_every"}
+FREE = {"data", "split", "column", "image_column", "label_column", "device", "out", "resume", "log_every",
+        "save_every"}
 
 
 class UserError(Exception):
@@ -83,7 +99,8 @@ def progress(text):
 def add_flags(parser, cls, preset):
     """One flag for every field. An absent flag leaves no trace, so that presets can be told from what was
     typed."""
-    notes = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(cls), re.M))
+    source = "".join(inspect.getsource(c) for c in cls.__mro__[:-1])
+    notes = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", source, re.M))
     for field, kind in get_type_hints(cls).items():
         default = preset.get(field, getattr(cls, field))
         text = f"{notes[field]} (default: {' '.join(map(repr, default)) if kind is tuple else default!r})"
@@ -123,7 +140,7 @@ def parse(argv):
     what.add_argument("--control", action="store_true", help="train the control, one block's worth of layers")
     what.add_argument("--eval", action="store_true", help="score the blocks beside baseline and control")
     what.add_argument("--sample", action="store_true", help="generate")
-    add_flags(parser.add_argument_group("training"), Training, preset)
+    add_flags(parser.add_argument_group("training"), LOADERS[module.DATA].settings, preset)
     add_flags(parser.add_argument_group(f"model {known.model}"), module.Config, preset)
     add_flags(parser.add_argument_group("sampling"), module.Sampling, preset)
     args = vars(parser.parse_args(argv))
@@ -372,8 +389,9 @@ class Text:
         rows = np.stack([self.tokens[split][i:i + config.seq_len + 1] for i in starts])  # (B, T + 1)
         return torch.from_numpy(rows.astype(np.int64)).to(self.device)
 
-    def batch(self, n, config):
-        """(n, T + 1) random windows of the training text, from torch's CPU random stream."""
+    def batch(self, n, config, index):
+        """(n, T + 1) random windows of the training text, from torch's CPU random stream, whatever the
+        index."""
         high = len(self.tokens["train"]) - config.seq_len
         return self.cut("train", torch.randint(high, (n,)).tolist(), config)
 
@@ -435,8 +453,14 @@ def load_text(training, device):
     return Text(folder, device)
 
 
-# a model file's DATA -> how to load its data, and what turns a user's prompt into input and output into text
-LOADERS = {"text": (load_text, lambda training: Tokenizer(training.tokenizer))}
+class Loader(NamedTuple):
+    settings: type    # Training with this data's own flags
+    load: Callable    # (training, device) -> the data
+    codec: Callable   # (training, device) -> what a model file's `sample` reads and writes with
+
+
+# a model file's DATA -> its data
+LOADERS = {"text": Loader(TextTraining, load_text, lambda training, device: Tokenizer(training.tokenizer))}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -535,13 +559,25 @@ def set_rng_state(states, device):
 @torch.no_grad()
 def validate(net, held_out, size):
     """Mean loss on the held-out batch with fixed noise. Leaves the training's random stream as it was."""
-    before = rng_state(held_out.device)
+    columns = (held_out,) if torch.is_tensor(held_out) else held_out  # a batch is a tensor, or several
+    before, training = rng_state(columns[0].device), net.training
     torch.manual_seed(0)
     net.eval()
-    parts = [net.loss(b) * len(b) for b in held_out.split(size)]
-    net.train()
-    set_rng_state(before, held_out.device)
-    return sum(parts).item() / len(held_out)
+    total = 0.0
+    for part in zip(*(column.split(size) for column in columns)):
+        total += net.loss(part if len(part) > 1 else part[0]) * len(part[0])
+    net.train(training)
+    set_rng_state(before, columns[0].device)
+    return total.item() / len(columns[0])
+
+
+@torch.no_grad()
+def update_average(average, net, decay, step):
+    """Move a running mean of the weights towards net's; step counts this block's own updates, from 1.
+
+    The decay is at most (1 + step) / (10 + step), so that first weights do not hold a short run back."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
 
 
 def make_optimizer(net, training, device):
@@ -553,20 +589,22 @@ def make_optimizer(net, training, device):
     return torch.optim.AdamW(groups, betas=(0.9, training.beta2), fused=device.type == "cuda")
 
 
-def checkpoint(path, about, step, net, optimizer, device):
+def checkpoint(path, about, step, net, average, optimizer, device):
     """All that the run needs to go on to the same bits: settings, step, weights, moments, random streams."""
     state = about | {"step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict(),
                      "rng": rng_state(device), "torch": str(torch.__version__)}
-    save(path, state)
+    save(path, state | ({"average": average.state_dict()} if average is not None else {}))
 
 
-def restore(path, about, net, optimizer, device):
-    """Put a checkpoint into net, optimizer and random streams; returns its step. Raises UserError."""
+def restore(path, about, net, average, optimizer, device):
+    """Put a checkpoint into networks, optimizer and random streams; returns its step. Raises UserError."""
     state = load(path, about["model"])
     changed = differing(state, about, "config", "training")
     if changed:
         raise UserError(f"cannot resume {path}, trained with other settings: {', '.join(changed)}")
     net.load_state_dict(state["net"])
+    if average is not None:
+        average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])
     set_rng_state(state["rng"], device)
     return state["step"]
@@ -600,8 +638,9 @@ def train(module, model, part, config, training, data, device, resume):
              "training": asdict(training), "data": data.meta | {"fingerprint": data.fingerprint}}
     torch.manual_seed(seed_of(training.seed, part))
     net = build(module, config, part).to(device)
+    average = copy.deepcopy(net).eval() if training.ema else None
     optimizer = make_optimizer(net, training, device)
-    first = step = restore(path, about, net, optimizer, device) if resume else 0
+    first = step = restore(path, about, net, average, optimizer, device) if resume else 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = open_log(path.with_suffix(".jsonl"), step)
@@ -620,8 +659,9 @@ def train(module, model, part, config, training, data, device, resume):
     while step < steps:
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, training, steps)
-        for _ in range(training.accumulate):
-            loss = net.loss(data.batch(micro, config)) / training.accumulate
+        for i in range(training.accumulate):
+            batch = data.batch(micro, config, step * training.accumulate + i)
+            loss = net.loss(batch) / training.accumulate
             loss.backward()
             total = total + loss.detach()  # no .item(): on a GPU that would wait for the device at every step
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), training.clip)
@@ -629,6 +669,8 @@ def train(module, model, part, config, training, data, device, resume):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step, since = step + 1, since + 1
+        if average is not None:
+            update_average(average, net, training.ema, step)
         progress(f"{net.title} | step {step}/{steps}")
         logs = step % training.log_every == 0 or step == steps
         saves = step % training.save_every == 0 or step == steps
@@ -639,7 +681,7 @@ def train(module, model, part, config, training, data, device, resume):
                 raise UserError(f"the loss of {part} is {mean} near step {step}; {kept}; try a lower --lr")
         if logs:
             row = {"part": part, "title": net.title, "step": step, "loss": mean,
-                   "val_loss": validate(net, held_out, micro),
+                   "val_loss": validate(net if average is None else average, held_out, micro),
                    "lr": optimizer.param_groups[0]["lr"], "ms": 1000 * (time.time() - began) / (step - first),
                    "memory_mb": memory(device)}
             row["minutes_left"] = (steps - step) * row["ms"] / 60000
@@ -650,7 +692,7 @@ def train(module, model, part, config, training, data, device, resume):
             log.write(json.dumps(row) + "\n")
             total, since = 0.0, 0
         if saves:
-            checkpoint(path, about, step, net, optimizer, device)
+            checkpoint(path, about, step, net, average, optimizer, device)
     say(f"done: {path}, peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
 
 
@@ -666,7 +708,7 @@ def finished(module, model, part, out):
     state = load(path, model)
     try:
         net = build(module, module.Config(**state["config"]), part)
-        net.load_state_dict(state["net"])
+        net.load_state_dict(state.get("average", state["net"]))
         unfinished = state["step"] < state["steps"]
     except (KeyError, TypeError, RuntimeError):
         raise UserError(f"{path} does not fit this version of the program; train it again: "
@@ -725,7 +767,7 @@ def evaluate(module, model, args, training, device):
             updates[part] = other["step"]
         else:
             say(f"without {part}, which is not there; train it with: {command(model, part)}")
-    data = LOADERS[module.DATA][0](training, device)
+    data = LOADERS[module.DATA].load(training, device)
     odd = [f"{k} ({state['config'][k]} -> {v})" for k, v in data.facts.items() if state["config"][k] != v]
     if odd:
         raise UserError(f"this data does not fit the blocks: {', '.join(odd)}; drop --data and --tokenizer")
@@ -755,7 +797,8 @@ def sample(module, model, args, training, sampling, device):
     else:
         nets, state = assemble(module, model, training.out, args, device)
     torch.manual_seed(seed_of(training.seed, "sample"))
-    codec = LOADERS[module.DATA][1](settle(Training, state["training"]))
+    loader = LOADERS[module.DATA]
+    codec = loader.codec(settle(loader.settings, state["training"]), device)
     try:
         say(module.sample(nets, sampling, codec))
     except ValueError as e:
@@ -764,9 +807,10 @@ def sample(module, model, args, training, sampling, device):
 
 def run(argv):
     args, module, preset = parse(argv)
-    model, training = args["model"], settle(Training, preset, args)
+    settings = LOADERS[module.DATA].settings
+    model, training = args["model"], settle(settings, preset, args)
     config, sampling = settle(module.Config, preset, args), settle(module.Sampling, preset, args)
-    own = {f.name for cls in (Training, module.Config) for f in fields(cls)} - {"resume"}
+    own = {f.name for cls in (settings, module.Config) for f in fields(cls)} - {"resume"}
     own -= {"epochs"} if "steps" in args else set()  # parse has put it there
     TYPED[:] = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in args.items() if k in own]
     TYPED[:0] = [f"--preset {args['preset']}"] if args["preset"] != "default" else []
@@ -794,15 +838,15 @@ def run(argv):
         path = Path(training.out) / model / f"{parts[0] if parts else 'block_0'}.pt"
         if not path.exists():
             raise UserError(f"{path} is missing; train it with: {command(model, path.stem)}")
-        of_data = {k: v for k, v in load(path, model)["training"].items()
-                   if k in ("data", "split", "column", "tokenizer")}
-        training = settle(Training, of_data, args)
+        own = {f.name for f in fields(settings)} - {f.name for f in fields(Training)}
+        of_data = {k: v for k, v in load(path, model)["training"].items() if k in own}
+        training = settle(settings, of_data, args)
         training.threads = torch.get_num_threads()
         if args["eval"]:
             return evaluate(module, model, args, training, device)
         return sample(module, model, args, training, sampling, device)
 
-    data = LOADERS[module.DATA][0](training, device)
+    data = LOADERS[module.DATA].load(training, device)
     say(f"data: {data.describe()}")
     for name, fact in data.facts.items():
         if name in args and args[name] not in (0, fact):

@@ -38,7 +38,7 @@ gpt.init_weights = init_weights
 train.run(own.rest)
 
 args, module, preset = train.parse(own.rest)
-training = train.settle(train.Training, preset, args)
+training = train.settle(train.TextTraining, preset, args)
 block, state = train.finished(gpt, "gpt", f"block_{args['block']}", training.out)
 data = train.load_text(training, torch.device("cpu"))
 torch.manual_seed(0)
