@@ -1,5 +1,6 @@
 """The promises of this project, as tests. CPU, no network, small networks: pytest test_all.py"""
 import hashlib
+import io
 import json
 import math
 import os
@@ -13,9 +14,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
 
 import gpt
 import train
@@ -798,6 +801,381 @@ def test_long_texts_are_cut_where_no_token_is():
         assert "".join(parts) == text and len(parts) == 2
         assert parts[1][0] in " \n" and parts[0][-1] not in " \n"
     assert list(train.pieces(b"")) == []
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Data: images and their augmentation
+
+def images(**settings):
+    return train.load_images(train.ImageTraining(**settings), torch.device("cpu"))
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def noise_pictures(n, *shape):
+    return [np.random.RandomState(i).randint(256, size=shape, dtype=np.uint8) for i in range(n)]
+
+
+@pytest.fixture
+def hub_images(data_dir, tmp_path, monkeypatch):
+    """Writes a dataset in hub form, {split: (pictures or files, labels)}, with columns to choose from."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    kinds = datasets.Features({
+        "note": datasets.Value("string"), "number": datasets.Value("int32"), "photo": datasets.Image(),
+        "coarse": datasets.ClassLabel(names=["x", "y"]), "fine": datasets.ClassLabel(names=["a", "b", "c"])})
+
+    def write(splits):
+        for split, (pictures, labels) in splits.items():
+            files = [{"bytes": p if isinstance(p, bytes) else png(p), "path": None} for p in pictures]
+            rows = {"note": ["-"] * len(files), "photo": files, "coarse": [0] * len(files), "fine": labels,
+                    "number": labels}
+            datasets.Dataset.from_dict(rows, kinds).to_parquet(tmp_path / "pictures" / f"{split}.parquet")
+        return str(tmp_path / "pictures")
+    return write
+
+
+def test_the_digits_are_the_uci_set_and_a_quarter_of_each_class_is_held_out(data_dir):
+    with np.load(HERE / "data" / "digits.npz") as file:
+        pixels, labels, held_out = (file[k] for k in ("images", "labels", "held_out"))
+    sums = [hashlib.sha256(a.tobytes()).hexdigest()[:16] for a in (pixels, labels, held_out)]
+    assert sums == ["8f26b2bd9d135c25", "8ba4f891220f5e4c", "a9e7983dedd769cf"]
+    assert pixels.shape == (1797, 8, 8) and pixels.min() == 0 and pixels.max() == 16 and held_out.sum() == 450
+    # as the set is described: the number of images of each class
+    assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert (abs(np.bincount(labels[held_out]) - np.bincount(labels) / 4) < 1).all()
+    data = images()
+    x, y = data.held_out(0, None)
+    assert x.shape == (450, 1, 8, 8) and x.dtype == torch.float32 and y.dtype == torch.int64
+    assert x.min() == -1 and x.max() == 1 and data.facts["n_class"] == 10 and data.length(None) == 1347
+    level = torch.from_numpy(pixels[held_out]).double() / 8 - 1
+    assert x.sum().item() == pytest.approx(level.sum().item(), abs=len(x) * 64 / 255)
+    assert sorted(y.tolist()) == sorted(labels[held_out].tolist()) and not data_dir.exists()
+    x, _ = data.batch(1347, None, 0)
+    assert data.facts["data_mean"] == pytest.approx(x.mean().item(), abs=1e-5)
+    assert data.facts["data_std"] == pytest.approx(x.std(correction=0).item(), abs=1e-5)
+
+
+def test_of_several_label_columns_the_finest_is_taken_and_a_dataset_is_decoded_once(hub_images, monkeypatch):
+    pictures = noise_pictures(9, 6, 6, 3)
+    source = hub_images({"train": (pictures[:6], [0, 1, 2, 2, 1, 0]), "test": (pictures[6:], [2, 1, 0])})
+    data = images(data=source)
+    assert data.names == ["a", "b", "c"] and data.meta["label_column"] == "fine"
+    assert data.facts | {"data_mean": 0, "data_std": 0} == {
+        "image_size": 6, "n_channel": 3, "n_class": 3, "data_mean": 0, "data_std": 0}
+    for (x, y), own, labels in ((data.batch(6, None, 0), pictures[:6], [0, 1, 2, 2, 1, 0]),
+                                (data.held_out(0, None), pictures[6:], [2, 1, 0])):
+        known = {p.tobytes(): c for p, c in zip(own, labels)}
+        back = ((x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        assert {p.tobytes(): c for p, c in zip(back, y.tolist())} == known
+    monkeypatch.setitem(sys.modules, "datasets", None)    # from now on it is not installed
+    assert images(data=source).fingerprint == data.fingerprint and images(data=source).names == data.names
+    with pytest.raises(train.UserError, match="needs datasets"):
+        images(data=source, label_column="number")
+
+
+def test_images_in_folders_by_class_are_read_and_without_test_images_a_tenth_of_each_class_is_held_out(
+        data_dir, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    grey = noise_pictures(28, 5, 5)
+    for i, pixels in enumerate(grey):
+        file = tmp_path / "pets" / ("cat" if i < 25 else "dog") / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(pixels))
+    data = images(data=str(tmp_path / "pets"))
+    assert data.names == ["cat", "dog"] and data.facts["n_channel"] == 1
+    x, y = data.held_out(0, None)
+    assert sorted(y.tolist()) == [0, 0, 1] and data.n_train == 25
+    more, labels = data.batch(25, None, 0)
+    back = ((torch.cat([x, more]) + 1) * 127.5).round().byte().numpy()
+    found = {p.tobytes(): c for p, c in zip(back, y.tolist() + labels.tolist())}
+    assert found == {p.tobytes(): int(i >= 25) for i, p in enumerate(grey)}
+    (tmp_path / "pets" / "train").mkdir()
+    (tmp_path / "pets" / "cat").rename(tmp_path / "pets" / "train" / "cat")
+    (tmp_path / "pets" / "dog").rename(tmp_path / "pets" / "train" / "dog")
+    (tmp_path / "pets" / "test" / "cat").mkdir(parents=True)
+    (tmp_path / "pets" / "test" / "cat" / "1.png").write_bytes(png(noise_pictures(1, 5, 5, 3)[0]))
+    data = images(data=str(tmp_path / "pets"))
+    assert (data.n_train, data.meta["val"], data.meta["held_out"]) == (28, 1, "test")
+    assert data.facts["n_channel"] == 3  # one image in colour is enough
+
+
+def latents(path, n=23, **changes):
+    """An .npz whose training latents say which row they are."""
+    arrays = {"latents": np.arange(n)[:, None, None, None] + np.zeros((1, 2, 3, 3), np.float16),
+              "labels": np.arange(n) % 3, "val_latents": np.random.RandomState(0).randn(7, 2, 3, 3),
+              "val_labels": np.arange(7) % 3} | changes
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    return str(path)
+
+
+def test_latents_are_kept_as_they_are(data_dir, tmp_path):
+    data = images(data=latents(tmp_path / "a.npz"))
+    x, y = data.batch(23, None, 0)
+    assert x.dtype == torch.float32 and x.shape == (23, 2, 3, 3) and (x[:, 0, 0, 0].long() % 3 == y).all()
+    assert sorted(x[:, 1, 2, 2].tolist()) == list(range(23))
+    assert data.held_out(0, None)[0].shape == (7, 2, 3, 3)
+    assert data.facts == {"image_size": 3, "n_channel": 2, "n_class": 3, "data_mean": 11.0,
+                          "data_std": pytest.approx(((23**2 - 1) / 12) ** .5, abs=1e-6)}
+    own = images(data=latents(tmp_path / "b.npz", n=60, val_latents=None, val_labels=None))
+    x, y = (torch.cat(both) for both in zip(own.held_out(0, None), own.batch(54, None, 0)))
+    assert y[:6].bincount().tolist() == [2, 2, 2] and torch.equal(x[:, 0, 0, 0].long() % 3, y)
+    assert sorted(x[:, 0, 0, 0].tolist()) == list(range(60))
+
+
+def test_an_epoch_is_a_permutation_however_it_is_cut_and_whenever_it_is_resumed(data_dir, tmp_path):
+    data = images(data=latents(tmp_path / "a.npz"))
+
+    def rows(data, n, *indices):
+        return [r for i in indices for r in data.batch(n, None, i)[0][:, 0, 0, 0].long().tolist()]
+    three = rows(data, 1, *range(69))
+    epochs = three[:23], three[23:46], three[46:]
+    assert all(sorted(e) == list(range(23)) for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0] != list(range(23))
+    assert rows(data, 10, 0, 1, 2, 3, 4, 5) == rows(data, 5, *range(12)) == three[:60]
+    assert rows(data, 60, 0) == three[:60]                               # more than there are
+    assert rows(images(data=str(tmp_path / "a.npz")), 5, 7) == three[35:40]  # a resumed run begins anywhere
+    assert rows(data, 5, 7, 2) == three[35:40] + three[10:15]
+    torch.manual_seed(1)
+    assert rows(data, 23, 0) == epochs[0] != rows(images(data=str(tmp_path / "a.npz"), seed=1), 23, 0)
+
+
+def test_held_out_images_are_never_augmented_and_never_change():
+    plain, changed = images(), images(augment="crop", seed=3)
+    (x, y), (same, labels) = plain.held_out(0, None), changed.held_out(999, None)
+    assert torch.equal(x, same) and torch.equal(y, labels) and len(x) == 450
+    few, labels = changed.held_out(7, None)
+    assert torch.equal(few, x[:7]) and torch.equal(labels, y[:7])
+    assert y[:100].unique().numel() == 10  # shuffled: the first ones are of every class
+    assert torch.equal(plain.batch(50, None, 2)[1], images(augment="crop").batch(50, None, 2)[1])
+    assert not torch.equal(plain.batch(50, None, 2)[0], images(augment="crop").batch(50, None, 2)[0])
+
+
+def test_the_real_cifar_100_has_the_published_mean(data_dir, tmp_path, monkeypatch):
+    if not (SHARED / "cifar100").exists():
+        pytest.skip("CIFAR-100 is not beside this checkout, and tests use no network")
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    data = images(data=str(SHARED / "cifar100"), split="test")  # the smaller split; a tenth is held out
+    assert (data.n_train, data.meta["val"], len(data.names)) == (9000, 1000, 100)
+    assert data.held_out(0, None)[1].bincount().tolist() == [10] * 100
+    assert data.names[26] == "crab" and data.facts["n_channel"] == 3
+    # published for the training split: of the test split within sampling error
+    assert (data.facts["data_mean"] + 1) / 2 == pytest.approx((.5071 + .4865 + .4409) / 3, abs=.01)
+
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(augment="crop,blur"), "no 'blur'"), (dict(augment=""), "choose none"),
+    (dict(augment="flip", data="a.npz"), "holds latents"), (dict(data="none.npz"), "cannot read"),
+    (dict(data="there is no such/set/at all"), "cannot load")])
+def test_bad_image_flags_get_one_clear_line(settings, says, data_dir):
+    if "load" in says:
+        pytest.importorskip("datasets")
+    with pytest.raises(train.UserError, match=says) as e:
+        images(**settings)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(labels=None), "no labels"), (dict(val_labels=None), "no val_labels"),
+    (dict(latents=np.zeros((23, 2, 3, 4))), "H = W"), (dict(latents=np.zeros((23, 2, 3, 3), int)), "floats"),
+    (dict(labels=np.arange(22)), "needed"), (dict(labels=np.zeros(23)), "integers"),
+    (dict(val_latents=np.zeros((7, 2, 4, 4))), "all of one size"),
+    (dict(latents=np.full((23, 2, 3, 3), np.nan)), "not finite"),
+    (dict(labels=1 + np.arange(23) % 3), "class '0' .* no image"),
+    (dict(labels=np.arange(23) - 1), "row 0 of the training split has label -1"),
+    (dict(labels=np.full(23, 10**12)), "label 1000000000000"),
+    (dict(val_labels=np.full(7, 3)), "held-out split has label 3, but the classes are 0 to 2"),
+    (dict(latents=np.zeros((0, 2, 3, 3)), labels=np.zeros(0, int)), "row 0 of the held-out"),
+    (dict(val_latents=np.zeros((0, 2, 3, 3)), val_labels=np.zeros(0, int)), "no image to hold out")])
+def test_impossible_latents_get_one_clear_line_and_leave_nothing(changes, says, data_dir, tmp_path):
+    with pytest.raises(train.UserError, match=says) as e:
+        images(data=latents(tmp_path / "a.npz", **changes))
+    assert "\n" not in str(e.value) and list(data_dir.iterdir()) == []
+
+
+FINE = noise_pictures(4, 8, 8, 3)
+
+
+@pytest.mark.parametrize("splits, settings, says", [
+    ({}, dict(split="dev"), "it has train, test"), ({}, dict(image_column="fine"), "no image column 'fine'"),
+    ({}, dict(label_column="note"), "no label column 'note'.* of note, "),
+    (dict(train=(FINE, [0, 1, 1, 0])), {}, "class 'c' .label 2. has no image"),
+    (dict(train=(FINE, [0, 1, 2, None])), {}, "row 3 of the training split has label -1"),
+    (dict(test=(FINE, [0, 1, 2, -1])), {}, "row 3 of the held-out split has label -1"),
+    (dict(train=(FINE, [0, 0, 1, 1]), test=(FINE[:1], [2])), dict(label_column="number"), "has label 2"),
+    (dict(train=(FINE[:2] + [png(FINE[2])[:-60], FINE[3]], [0, 1, 2, 0])), {}, "train, row 2 cannot be read"),
+    (dict(test=([b"no image"], [0])), {}, "test, row 0 cannot be read"),
+    (dict(train=([FINE[0][..., 0].astype(np.uint16)] + FINE[1:], [0, 1, 2, 0])), {}, "row 0 .* than 8 bits"),
+    (dict(train=(FINE[1:] + noise_pictures(1, 9, 8, 3), [0, 1, 2, 0])), {}, "row 3 is 8 x 9 .* is 8 x 8"),
+    (dict(test=(noise_pictures(1, 9, 9, 3), [0])), {}, "test, row 0 is 9 x 9 .* resize"),
+    (dict(train=(noise_pictures(3, 8, 6, 3), [0, 1, 2])), {}, "row 0 is 6 x 8 .* square")])
+def test_an_impossible_image_set_gets_one_clear_line_and_leaves_nothing(
+        splits, settings, says, data_dir, hub_images):
+    whole = {"train": (FINE, [0, 1, 2, 0]), "test": (FINE[:1], [0])}
+    with pytest.raises(train.UserError, match=says) as e:
+        images(data=hub_images(whole | splits), **settings)
+    assert "\n" not in str(e.value) and list(data_dir.iterdir()) == []
+
+
+def test_a_dataset_without_images_or_class_labels_is_refused(data_dir, hub_folder, monkeypatch, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    with pytest.raises(train.UserError, match="no image column; .* text, label"):
+        images(data=str(hub_folder))
+    kinds = datasets.Features({"a": datasets.Image(), "b": datasets.Value("int8")})
+    with pytest.raises(train.UserError, match="no label column; .* a, b"):
+        train.columns(kinds, train.ImageTraining())
+    assert train.columns(kinds, train.ImageTraining(label_column="b")) == ("a", "b")
+    finest = {k: datasets.ClassLabel(num_classes=n) for k, n in (("b", 2), ("c", 3), ("d", 3))}
+    assert train.columns(kinds | finest, train.ImageTraining()) == ("a", "c")
+
+
+def test_damaged_or_half_prepared_images_are_refused(data_dir, tmp_path, monkeypatch):
+    source = latents(tmp_path / "a.npz")
+    images(data=source)
+    folder, = data_dir.iterdir()
+    for name, keep in (("train_images.npy", 500), ("val_labels.npy", 0), ("meta.json", 20)):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:keep])
+        with pytest.raises(train.UserError, match="delete that folder"):
+            images(data=source)
+        (folder / name).write_bytes(whole)
+    assert len(list(data_dir.iterdir())) == 1
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train, "summary", fail)
+    with pytest.raises(train.UserError, match="No space left"):
+        images(data=latents(tmp_path / "b.npz"))
+    assert list(data_dir.iterdir()) == [folder]
+
+
+def test_a_crop_is_a_shift_of_the_image_padded_with_black():
+    x = F.pad(torch.rand(300, 3, 6, 6), (1, 1, 1, 1), value=-1.0)
+    new, seen = train.crop(x), set()
+    shifts = {(i, j): x.roll((i, j), (2, 3)) for i in (-1, 0, 1) for j in (-1, 0, 1)}
+    for k in range(300):
+        seen |= {place for place, rolled in shifts.items() if torch.equal(new[k], rolled[k])}
+        assert any(torch.equal(new[k], rolled[k]) for rolled in shifts.values())
+    assert seen == set(shifts)
+    moved = train.crop(torch.ones(200, 1, 32, 32))  # 4 pixels of 32 either way
+    assert moved.shape == (200, 1, 32, 32) and 28 == (moved > 0).any(3).sum(2).min() < 32
+    assert ((moved == 1) | (moved == -1)).all()
+
+
+def test_a_flip_mirrors_about_half_of_the_images_left_to_right():
+    x = torch.rand(400, 3, 4, 4)
+    new = train.flip(x)
+    mirrored = torch.tensor([torch.equal(a, b.flip(2)) for a, b in zip(new, x)])
+    assert 140 < mirrored.sum() < 260 and torch.equal(new[~mirrored], x[~mirrored])
+
+
+def photographs(channels):
+    """Eight pictures of whole numbers 0..255, smooth and none using all values: as real ones are."""
+    x = F.interpolate(torch.rand(8, channels, 5, 5), (32, 32), mode="bicubic")
+    return (25 + 190 * x + 8 * torch.rand(8, channels, 32, 32)).round().clamp(9, 240)
+
+
+def strength(x, s):
+    return torch.full((len(x), 1, 1, 1), float(s))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", train.OPERATIONS)
+def test_each_operation_changes_pictures_and_keeps_them_pictures(name, sign, channels):
+    x = photographs(channels)
+    new = train.OPERATIONS[name](x, strength(x, sign * .3))
+    assert new.shape == x.shape and new.min() >= 0 and new.max() <= 255 and torch.equal(new, new.round())
+    same = name == "identity" or name == "colour" and channels == 1
+    assert all(torch.equal(a, b) == same for a, b in zip(new, x))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name, theirs, s", [
+    ("equalize", ImageOps.equalize, 1), ("autocontrast", ImageOps.autocontrast, 1),
+    ("posterize", lambda p: ImageOps.posterize(p, 7), .3),
+    ("posterize", lambda p: ImageOps.posterize(p, 4), -1),
+    ("solarize", lambda p: ImageOps.solarize(p, 178.5), .3),
+    ("solarize", lambda p: ImageOps.solarize(p, 0), 1),
+    ("brightness", lambda p: ImageEnhance.Brightness(p).enhance(1.27), .3),
+    ("brightness", lambda p: ImageEnhance.Brightness(p).enhance(.1), -1),
+    ("colour", lambda p: ImageEnhance.Color(p).enhance(.73), -.3),
+    ("contrast", lambda p: ImageEnhance.Contrast(p).enhance(1.9), 1),
+    ("contrast", lambda p: ImageEnhance.Contrast(p).enhance(.73), -.3),
+    ("sharpness", lambda p: ImageEnhance.Sharpness(p).enhance(1.27), .3),
+    ("sharpness", lambda p: ImageEnhance.Sharpness(p).enhance(.1), -1)])
+def test_operations_on_colours_agree_with_pil(name, theirs, s, channels):
+    x = photographs(channels)
+    x[0] = 77  # one of a single colour
+    x[1, :, :, :16] = 30
+    x[2] = x[2].clamp(max=90)
+    new = train.OPERATIONS[name](x, strength(x, s))
+    for a, b in zip(x, new):
+        pixels = a.byte().permute(1, 2, 0).numpy()
+        picture = theirs(Image.fromarray(pixels if channels == 3 else pixels[..., 0]))
+        true = np.asarray(picture, dtype=np.float32).reshape(32, 32, -1)
+        assert abs(b.permute(1, 2, 0).numpy() - true).max() <= 1
+
+
+def test_geometric_operations_move_pixels_as_far_as_they_say():
+    x, op = photographs(3), train.OPERATIONS
+    three = strength(x, 3 * 331 / 150 / 32)  # three pixels of 32
+    assert torch.equal(op["translate x"](x, three), F.pad(x[..., 3:], (0, 3), value=128))
+    assert torch.equal(op["translate x"](x, -three), F.pad(x[..., :-3], (3, 0), value=128))
+    assert torch.equal(op["translate y"](x, three), F.pad(x[..., 3:, :], (0, 0, 0, 3), value=128))
+    # at magnitude 9 of 30: 0.3 * 150 / 331 of the width are 4 pixels, 9 degrees, a shear by 0.09
+    assert (op["translate x"](x, strength(x, .3)) == F.pad(x[..., 4:], (0, 4), value=128)).all()
+    assert torch.equal(op["rotate"](x, strength(x, 3)), x.rot90(1, (2, 3)))       # 3 times 30 degrees
+    assert torch.equal(op["rotate"](x, strength(x, -3)), x.rot90(-1, (2, 3)))
+    for name, y in (("shear x", x), ("shear y", x.transpose(2, 3))):
+        new = op[name](x, strength(x, 2 / .3))  # a row moves by twice its distance from the centre
+        new = new if name == "shear x" else new.transpose(2, 3)
+        for i in range(32):
+            by = 2 * i - 31
+            row = F.pad(y[..., i, max(by, 0):32 + min(by, 0)], (max(-by, 0), max(by, 0)), value=128)
+            assert torch.equal(new[..., i, :], row)
+
+
+def test_randaugment_gives_every_image_two_operations_of_its_own(monkeypatch):
+    signs = []
+
+    def operation(k):
+        def apply(x, s):
+            signs.extend(s.flatten().tolist())
+            return x + k / 64
+        return apply
+    monkeypatch.setattr(train, "OPERATIONS", {str(k): operation(k) for k in range(14)})
+    level = torch.arange(140).float()
+    x = (level / 127.5 - 1)[:, None, None, None].expand(-1, 3, 4, 4)
+    new = ((train.rand(x) + 1) * 127.5 - level[:, None, None, None]) * 64  # the sum of two numbers
+    sums = new[:, 0, 0, 0].round()
+    assert (new - sums[:, None, None, None]).abs().max() < .01  # each at its place, all its pixels
+    assert sums.sum() == 2 * 10 * sum(range(14)) and sums.min() >= 0 and sums.max() <= 26
+    assert 15 < sums.unique().numel() and len(signs) == 280
+    assert set(np.round(signs, 6)) == {-.3, .3} and 100 < sum(s > 0 for s in signs) < 180
+    torch.manual_seed(5)
+    first = train.rand(x)
+    torch.manual_seed(5)
+    assert torch.equal(train.rand(x), first) and not torch.equal(train.rand(x), first)
+
+
+@pytest.mark.parametrize("n", [1, 5, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_augmented_batches_are_still_images(n, channels):
+    x = photographs(channels).repeat(8, 1, 1, 1)[:n] / 127.5 - 1
+    for name, change in train.AUGMENTATIONS.items():
+        new = change(x)
+        assert new.shape == x.shape and new.dtype == x.dtype and new.min() >= -1 and new.max() <= 1, name
+    small = train.rand(x[..., :8, :8])
+    assert small.shape == (n, channels, 8, 8) and small.isfinite().all()
+    assert list(train.augmentation(train.ImageTraining(augment="flip,rand"))) == ["rand", "flip"]
 
 
 # -----------------------------------------------------------------------------------------------------------

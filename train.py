@@ -10,10 +10,12 @@
 This file holds flags, data, one training loop and checkpoints; it knows nothing of noise levels. A model file
 offers Config, PRESETS, Sampling, DATA, check, check_sampling, Block, EndToEnd, control, evaluate, sample. """
 import argparse
+import contextlib
 import copy
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import math
 import os
@@ -31,6 +33,7 @@ from typing import Callable, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 MODELS = ("gpt",)
 
@@ -297,14 +300,19 @@ def is_hub_folder(path):
     return bool(suffixes & set(HUB_FORM))
 
 
-def hub_documents(source, split, column):
-    """(train documents, held-out documents) of a dataset, streamed. Held out: its validation or test split if
-    it has one other than `split`, else every hundredth document."""
+def import_datasets(source):
     try:
         import datasets
     except ImportError:
         raise UserError(f"--data {source} needs datasets: pip install -r requirements.txt") from None
     datasets.disable_progress_bars()
+    return datasets
+
+
+def hub_documents(source, split, column):
+    """(train documents, held-out documents) of a dataset, streamed. Held out: its validation or test split if
+    it has one other than `split`, else every hundredth document."""
+    datasets = import_datasets(source)
     try:
         names = datasets.get_dataset_split_names(source)
         if split not in names:
@@ -411,6 +419,25 @@ class Text:
         return torch.from_numpy(np.log(counts / counts.sum())).float().to(self.device)
 
 
+@contextlib.contextmanager
+def preparing(folder):
+    """A temporary folder to write prepared data into, renamed to `folder` when complete: what has the name is
+    whole. Raises UserError where nothing can be written."""
+    part = DATA_DIR / f".{folder.name}.{os.getpid()}"
+    try:
+        part.mkdir(parents=True)
+        yield part
+        try:
+            part.rename(folder)
+        except OSError:  # another process was faster; what it wrote is the same
+            if not folder.exists():
+                raise
+    except OSError as e:
+        raise UserError(f"cannot write prepared data under {DATA_DIR}: {e.strerror}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def load_text(training, device):
     """Text as --data, --split, --column and --tokenizer say, prepared if it is not yet. Raises UserError."""
     source, tokenizer = training.data, Tokenizer(training.tokenizer)
@@ -428,9 +455,7 @@ def load_text(training, device):
     if not folder.exists():
         if not local:
             train, held = hub_documents(source, training.split, training.column)
-        part = DATA_DIR / f".{folder.name}.{os.getpid()}"  # renamed when complete: what has the name is whole
-        try:
-            part.mkdir(parents=True)
+        with preparing(folder) as part:
             token_bytes = tokenizer.token_bytes()
             dtype = np.min_scalar_type(len(token_bytes) - 1)
             meta = identity | {"tokenizer": training.tokenizer, "dtype": dtype.name}
@@ -441,16 +466,413 @@ def load_text(training, device):
                 meta[split] = {"tokens": count, "sha256": digest}
             np.save(part / "token_bytes.npy", token_bytes)
             (part / "meta.json").write_text(json.dumps(meta))
-            try:
-                part.rename(folder)
-            except OSError:  # another process was faster; what it wrote is the same
-                if not folder.exists():
-                    raise
-        except OSError as e:
-            raise UserError(f"cannot write prepared data under {DATA_DIR}: {e.strerror}") from None
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     return Text(folder, device)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Images: prepared once like text, into memory-mapped arrays; batches are cut from a row of shuffled epochs
+
+DIGITS = Path(__file__).parent / "data" / "digits.npz"  # made by results/make_digits.py
+SPLITS = ("train", "val")
+
+
+def shuffled(n, *what):
+    """(n,) a permutation that is a function of `what` alone."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(*what)))
+
+
+def divide(source, labels, held, names):
+    """{split: rows} to train on and held out, from the labels of the one split and of the other. If `held` is
+    None, a tenth of each class is held out, at least one image. Raises UserError."""
+    for split, own in (("training", labels), ("held-out", labels if held is None else held)):
+        odd = np.flatnonzero((own < 0) | (own >= len(names)))
+        if len(odd):
+            raise UserError(f"{source}: row {odd[0]} of the {split} split has label {own[odd[0]]}, but the "
+                            f"classes are 0 to {len(names) - 1}; mend it or name another --label-column")
+    if held is None:
+        of_class = [np.flatnonzero(labels == c) for c in range(len(names))]
+        tenths = [own[shuffled(len(own), 0, "held out").numpy()[:max(1, len(own) // 10)]] for own in of_class]
+        others = np.sort(np.concatenate(tenths or [np.arange(0)]))
+        rows = np.setdiff1d(np.arange(len(labels)), others)
+    else:
+        rows, others = np.arange(len(labels)), np.arange(len(held))
+    if not len(rows) or not len(others):
+        raise UserError(f"{source}: no image to {'hold out' if len(rows) else 'train on'}; give more images")
+    absent = np.setdiff1d(np.arange(len(names)), labels[rows])
+    if len(absent):
+        raise UserError(f"{source}: class {names[absent[0]]!r} (label {absent[0]}) has no image to train on; "
+                        f"remove the class, or name another --split or --label-column")
+    return {"train": rows, "val": others}
+
+
+def numbered(labels):
+    """Names of the classes 0, 1, ... to the greatest label; no more than make sense."""
+    return [str(c) for c in range(min(labels.max(initial=-1), len(labels)) + 1)]
+
+
+def prepare_latents(training, part):
+    """Write the arrays of an .npz of latents into the folder `part`; returns facts for meta.json. Raises
+    UserError."""
+    source = training.data
+    try:
+        with np.load(source, allow_pickle=False) as file:
+            data = {k: file[k] for k in ("latents", "labels", "val_latents", "val_labels") if k in file.files}
+    except Exception as e:  # zipfile's, zlib's, numpy's or the system's
+        raise UserError(f"cannot read {source} ({type(e).__name__}: {e}); it must be an .npz of latents "
+                        f"(N, C, H, W) and labels (N,)") from None
+    prefixes = ("", "val_") if "val_latents" in data or "val_labels" in data else ("", "")
+    for x, y in [(f"{prefix}latents", f"{prefix}labels") for prefix in prefixes]:
+        if x not in data or y not in data:
+            raise UserError(f"{source} has no {y if x in data else x}; it must hold latents and labels, and "
+                            f"both or none of val_latents and val_labels")
+        shape = data[x].shape
+        if (len(shape) != 4 or shape[2] != shape[3] or shape[1:] != data["latents"].shape[1:]
+                or data[x].dtype.kind != "f" or data[y].shape != shape[:1] or data[y].dtype.kind not in "iu"):
+            raise UserError(f"{source}: {x} are {data[x].dtype} {shape}, {y} {data[y].dtype} "
+                            f"{data[y].shape}; needed: floats (N, C, H, W), H = W, all of one size, and "
+                            f"integers (N,)")
+        if not np.isfinite(data[x]).all():
+            raise UserError(f"{source}: {x} hold a number that is not finite; mend them")
+    names = numbered(data["labels"])
+    rows = divide(source, data["labels"], data.get("val_labels"), names)
+    for split, prefix in zip(SPLITS, prefixes):
+        np.save(part / f"{split}_images.npy", data[f"{prefix}latents"][rows[split]].astype(np.float32))
+        np.save(part / f"{split}_labels.npy", data[f"{prefix}labels"][rows[split]].astype(np.int64))
+    return {"names": names}
+
+
+def columns(features, training):
+    """(image column, label column) of a dataset with these features. Raises UserError."""
+    import datasets
+    images = [k for k, v in features.items() if isinstance(v, datasets.Image)]
+    classes = [k for k, v in features.items() if isinstance(v, datasets.ClassLabel)]
+    integers = [k for k, v in features.items() if re.match("u?int", str(getattr(v, "dtype", "")))]
+    classes.sort(key=lambda k: -features[k].num_classes)  # the finest: CIFAR-100 has superclasses, too
+    for what, wish, fit, kind in (
+            ("image", training.image_column, images, "images"),
+            ("label", training.label_column, integers if training.label_column else classes, "class labels")):
+        if not fit or wish and wish not in fit:
+            raise UserError(f"{training.data} has no {what} column{f' {wish!r}' if wish else ''}; choose by "
+                            f"--{what}-column one that holds {kind}, of {', '.join(features)}")
+    return training.image_column or images[0], training.label_column or classes[0]
+
+
+def prepare_images(training, part):
+    """Write the arrays of a dataset, read through `datasets`, into the folder `part`; returns facts for
+    meta.json. Raises UserError."""
+    source, split = training.data, training.split
+    datasets = import_datasets(source)
+    try:
+        found = datasets.load_dataset(source)
+    except Exception as e:
+        reason = (str(e).splitlines() or [""])[0]
+        raise UserError(f"cannot load {source!r} ({type(e).__name__}: {reason}); give digits, a hub id, a "
+                        f"folder in hub form or of images by class, or an .npz of latents") from None
+    if split not in found:
+        raise UserError(f"{source} has no split {split!r}; it has {', '.join(found)}")
+    image, label = columns(found[split].features, training)
+    other = next((s for s in ("validation", "valid", "val", "test") if s in found and s != split), None)
+    labels, held = (np.array([-1 if v is None else v for v in found[s][label]], dtype=np.int64)
+                    if s else None for s in (split, other))
+    names = getattr(found[split].features[label], "names", None) or numbered(labels)
+    rows = divide(source, labels, held, names)
+    undecoded = found.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    names_of = {"train": split, "val": other or split}
+    decode({s: (f"{source}, split {name}", undecoded[name].select(rows[s]), rows[s])
+            for s, name in names_of.items()}, image, part)
+    np.save(part / "train_labels.npy", labels[rows["train"]])
+    np.save(part / "val_labels.npy", (labels if held is None else held)[rows["val"]])
+    return {"image_column": image, "label_column": label, "held_out": other or "a tenth", "names": names}
+
+
+def decode(parts, column, part):
+    """Write the images of {split: (its name, dataset, row numbers)} into the folder `part` as uint8
+    (N, C, H, W), C = 1 if every one is grey, else 3. Raises UserError."""
+    def cells(split, doing):
+        name, dataset, rows = parts[split]
+        for i, cell in enumerate(cell for batch in dataset.iter(1000) for cell in batch[column]):
+            if i % 1000 == 0:
+                progress(f"{doing} {name}: {i:,} of {len(rows):,} images")
+            yield i, f"{name}, row {rows[i]}", cell
+        progress("")
+    size, mode = 0, "L"
+    for split in SPLITS:
+        for _, where, cell in cells(split, "checking"):
+            head = picture(cell, where)
+            size = size or head.size[0]
+            if head.size != (size, size):
+                raise UserError(f"{where} is {head.size[0]} x {head.size[1]} pixels; needed is {size} x "
+                                f"{size}, as images must be square and of one size; resize them first")
+            mode = mode if head.mode in ("1", "L") else "RGB"
+    for split in SPLITS:
+        shape = (len(parts[split][2]), len(mode), size, size)
+        # straight into the file: a large set need not fit into memory
+        pixels = np.lib.format.open_memmap(part / f"{split}_images.npy", "w+", np.uint8, shape)
+        for i, where, cell in cells(split, "decoding"):
+            pixels[i] = np.asarray(picture(cell, where, mode)).reshape(size, size, -1).transpose(2, 0, 1)
+        pixels.flush()
+
+
+def picture(cell, where, mode=None):
+    """A PIL image of an undecoded cell: its header alone is read, unless it is to be decoded to a mode.
+    Raises UserError that says where a damaged image is."""
+    from PIL import Image
+    try:
+        raw = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+        image = Image.open(io.BytesIO(raw))
+        if image.mode[0] in "IF":
+            raise ValueError(f"more than 8 bits in a pixel, mode {image.mode}")
+        return image.convert(mode) if mode else image
+    except Exception as e:  # decoders raise what they like
+        path = f" ({cell['path']})" if cell and cell["path"] else ""
+        raise UserError(f"{where}{path} cannot be read as an image: {(str(e).splitlines() or [''])[0]} "
+                        f"({type(e).__name__}); mend it or remove it") from None
+
+
+def digits():
+    """{split: (images, labels)} of the digits in data/; their 17 levels are spread over 0..255."""
+    try:
+        with np.load(DIGITS) as file:
+            images, labels, held_out = (file[k] for k in ("images", "labels", "held_out"))
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"cannot read {DIGITS} ({e}); it comes with this project: git restore it") from None
+    images = np.rint(images[:, None] * (255 / 16)).astype(np.uint8)  # (N, 1, 8, 8)
+    labels = labels.astype(np.int64)
+    return {s: (images[held_out == (s == "val")], labels[held_out == (s == "val")]) for s in SPLITS}
+
+
+def on_scale(images):
+    """Bytes 0..255 to [-1, 1]; latents stay as they are. Arrays and tensors alike."""
+    return images if images.dtype.itemsize > 1 else images / 127.5 - 1
+
+
+def summary(arrays, about):
+    """What meta.json holds: where the arrays are from, their sizes and sums, mean and standard deviation."""
+    images, total, squares = arrays["train"][0], 0.0, 0.0
+    step = max(1, PIECE // images[0].size)
+    for i in range(0, len(images), step):
+        x = on_scale(images[i:i + step]).astype(np.float64)
+        total, squares = total + float(x.sum()), squares + float(np.square(x).sum())
+    mean = total / images.size
+    return about | {
+        "train": len(images), "val": len(arrays["val"][0]), "image_size": images.shape[-1],
+        "n_channel": images.shape[1], "n_class": len(about["names"]), "data_mean": round(mean, 6),
+        "data_std": round(math.sqrt(max(0.0, squares / images.size - mean**2)), 6),
+        "sha256": [hashlib.sha256(a.reshape(-1).view(np.uint8)).hexdigest()
+                   for split in SPLITS for a in arrays[split]]}
+
+
+def open_arrays(folder):
+    """{split: (images, labels)} of a prepared folder, memory-mapped."""
+    return {s: tuple(np.load(folder / f"{s}_{kind}.npy", mmap_mode="r") for kind in ("images", "labels"))
+            for s in SPLITS}
+
+
+class Images:
+    """Prepared images and their labels: shuffled epochs for training, one fixed order for evaluation."""
+
+    def __init__(self, arrays, meta, training, device):
+        self.names = meta["names"]  # of the classes
+        self.meta = {k: v for k, v in meta.items() if k != "names"}
+        self.facts = {k: meta[k] for k in ("image_size", "n_channel", "n_class", "data_mean", "data_std")}
+        self.fingerprint = "".join(digest[:8] for digest in meta["sha256"])
+        self.n_train, self.seed, self.device = meta["train"], training.seed, device
+        self.augment, self.arrays, self.order = augmentation(training), arrays, (None, None)
+
+    def describe(self):
+        m = self.meta
+        return (f"{m['source']}, {m['train']:,} images to train on, {m['val']:,} held out, "
+                f"{m['n_channel']} x {m['image_size']} x {m['image_size']}, {m['n_class']} classes, "
+                f"augmentation {','.join(self.augment) or 'none'}, fingerprint {self.fingerprint[:12]}")
+
+    def length(self, config):
+        """Examples in one epoch."""
+        return self.n_train
+
+    def require(self, config):
+        """Nothing: what the data decides (facts) is put into the config."""
+
+    def fetch(self, split, rows):
+        """Images (n, C, H, W), float32 in [-1, 1] or latents, and labels (n,) of rows (n,), on the device."""
+        if self.device.type == "cpu":  # only these rows are read from the files
+            images, labels = (torch.from_numpy(a[rows.numpy()]) for a in self.arrays[split])
+        else:                          # the whole split is moved once, and stays there
+            if isinstance(self.arrays[split][0], np.ndarray):
+                copies = [torch.from_numpy(np.array(a)) for a in self.arrays[split]]
+                self.arrays[split] = [a.to(self.device) for a in copies]
+            rows = send(rows, self.device)
+            images, labels = (a[rows] for a in self.arrays[split])
+        return on_scale(images), labels
+
+    def batch(self, n, config, index):
+        """Images (n, C, H, W) and labels (n,): places index * n onwards in an endless row of epochs, each the
+        whole training set in an order that (seed, epoch) alone decides; augmented."""
+        rows, at, end = [], index * n, (index + 1) * n
+        while at < end:
+            epoch, start = divmod(at, self.n_train)
+            if self.order[0] != epoch:
+                self.order = epoch, shuffled(self.n_train, self.seed, f"epoch {epoch}")
+            rows.append(self.order[1][start:start + end - at])
+            at += len(rows[-1])
+        images, labels = self.fetch("train", torch.cat(rows))
+        for change in self.augment.values():
+            images = change(images)
+        return images, labels
+
+    def held_out(self, n, config):
+        """Images (n, C, H, W) and labels (n,), the first of the held-out ones (n = 0: all) in one shuffled
+        order, whatever the seed; never augmented."""
+        return self.fetch("val", shuffled(self.meta["val"], 0, "held out")[:n or None])
+
+
+def load_images(training, device):
+    """Images as --data, --split and the column flags say, prepared if they are not yet. Raises UserError."""
+    source, path = training.data, Path(training.data)
+    augmentation(training)  # its errors before hours of decoding
+    if source == "digits":
+        arrays = digits()
+        about = {"source": source, "names": [str(c) for c in range(10)]}
+        return Images(arrays, summary(arrays, about), training, device)
+    name, latents = path.resolve().name if path.exists() else source, source.endswith(".npz")
+    about = {"source": name} | ({} if latents else {"split": training.split})
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    stamps = [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    wishes = [] if latents else [training.image_column, training.label_column]
+    key = hashlib.sha256(json.dumps([1, "images", about, wishes, stamps]).encode()).hexdigest()[:12]
+    folder = DATA_DIR / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{key}"
+    if not folder.exists():
+        with preparing(folder) as part:
+            about |= (prepare_latents if latents else prepare_images)(training, part)
+            (part / "meta.json").write_text(json.dumps(summary(open_arrays(part), about)))
+    try:
+        meta, arrays = json.loads((folder / "meta.json").read_text()), open_arrays(folder)
+        whole = all(len(images) == len(labels) == meta[s] for s, (images, labels) in arrays.items())
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"prepared data in {folder} is damaged; delete that folder and run again")
+    return Images(arrays, meta, training, device)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Augmentation: of whole batches on their device, images in [-1, 1]; all chance is from torch's CPU stream
+
+def send(x, device):
+    """To the device, without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def crop(x):
+    """Pad with black by an eighth of the size, then cut the old size out, at each image's own place."""
+    n, _, size, _ = x.shape
+    pad = max(1, size // 8)
+    x = F.pad(x, (pad,) * 4, value=-1.0).unfold(2, size, 1).unfold(3, size, 1)  # (n, C, 2P+1, 2P+1, H, W)
+    top, left = send(torch.randint(2 * pad + 1, (2, n)), x.device)
+    return x[torch.arange(n, device=x.device), :, top, left]                    # (n, C, H, W)
+
+
+def flip(x):
+    """Mirror each image, left to right, with probability 1/2."""
+    return torch.where(send(torch.rand(len(x), 1, 1, 1) < 0.5, x.device), x.flip(-1), x)
+
+
+# RandAugment's operations: x (n, C, H, W), whole numbers 0..255; s (n, 1, 1, 1), how strongly, in [-1, 1]
+
+def warp(x, entries):
+    """Affine maps about the centre that differ from the identity in {(row, column): value}; nearest pixel,
+    mid grey outside."""
+    theta = torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)  # (n, 2, 3), in halves of the image
+    for (i, j), value in entries.items():
+        theta[:, i, j] = value.flatten()
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    return F.grid_sample(x - 128, grid, mode="nearest", align_corners=False) + 128
+
+
+def rotate(x, s):
+    sin, cos = torch.sin(math.pi / 6 * s), torch.cos(math.pi / 6 * s)  # up to 30 degrees
+    return warp(x, {(0, 0): cos, (0, 1): -sin, (1, 0): sin, (1, 1): cos})
+
+
+def blend(x, other, s):
+    """Up to 0.9 of the way away from `other` for s > 0, towards it for s < 0."""
+    return (x + 0.9 * s * (x - other)).round().clamp(0, 255)
+
+
+def grey(x):
+    """(n, 1, H, W) luminance, ITU-R 601."""
+    return x if x.shape[1] == 1 else (0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]).round()
+
+
+def smooth(x):
+    """PIL's SMOOTH filter: a neighbour weighs 1/13, the pixel itself 5/13; the rim stays."""
+    out = x.clone()
+    out[..., 1:-1, 1:-1] = ((9 * F.avg_pool2d(x, 3, 1) + 4 * x[..., 1:-1, 1:-1]) / 13).round()
+    return out
+
+
+def autocontrast(x, s):
+    """Stretch each channel to 0..255."""
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return torch.where(high > low, ((x - low) * 255 / (high - low).clamp(min=1)).floor(), x)
+
+
+def equalize(x, s):
+    """Make each channel's histogram flat as PIL.ImageOps.equalize does, which leaves pictures of
+    under 256 pixels alone."""
+    flat = x.long().flatten(2)                                                  # (n, C, H * W)
+    counts = x.new_zeros(*flat.shape[:2], 256).scatter_add_(2, flat, torch.ones_like(x).flatten(2))
+    step = ((flat.shape[2] - counts.gather(2, flat.amax(2, keepdim=True))) / 255).floor()   # (n, C, 1)
+    table = ((step / 2).floor() + counts.cumsum(2) - counts) / step.clamp(min=1)            # (n, C, 256)
+    new = table.floor().clamp(max=255).gather(2, flat).view_as(x)
+    return torch.where(step.unsqueeze(3) > 0, new, x)
+
+
+OPERATIONS = {
+    "identity": lambda x, s: x,
+    "shear x": lambda x, s: warp(x, {(0, 1): 0.3 * s}),
+    "shear y": lambda x, s: warp(x, {(1, 0): 0.3 * s}),
+    "translate x": lambda x, s: warp(x, {(0, 2): 2 * 150 / 331 * s}),  # by 150 pixels of 331
+    "translate y": lambda x, s: warp(x, {(1, 2): 2 * 150 / 331 * s}),
+    "rotate": rotate,
+    "brightness": lambda x, s: blend(x, 0, s),
+    "colour": lambda x, s: blend(x, grey(x), s),
+    "contrast": lambda x, s: blend(x, grey(x).mean((1, 2, 3), keepdim=True).round(), s),
+    "sharpness": lambda x, s: blend(x, smooth(x), s),
+    "posterize": lambda x, s: x - x % 2 ** (4 * s.abs()).round(),      # the lowest 4 bits
+    "solarize": lambda x, s: torch.where(x < 255 * (1 - s.abs()), x, 255 - x),
+    "autocontrast": autocontrast,
+    "equalize": equalize}
+
+
+def rand(x, strength=9 / 30):
+    """RandAugment (Cubuk et al. 2019): two of the 14 operations for each image, at magnitude 9 of 30."""
+    x = ((x + 1) * 127.5).round()
+    for _ in range(2):
+        # each operation gets a random fourteenth of the batch: parts whose sizes are known without asking the
+        # device, as those of a boolean mask are not; for each image all operations are equally likely
+        order = torch.randperm(len(x))
+        there, back = send(torch.stack([order, order.argsort()]), x.device)
+        signs = send(2.0 * torch.randint(2, (len(x), 1, 1, 1)) - 1, x.device)
+        names = [list(OPERATIONS)[i] for i in torch.randperm(len(OPERATIONS)).tolist()]
+        parts = zip(names, x[there].tensor_split(len(names)), signs.tensor_split(len(names)))
+        x = torch.cat([OPERATIONS[name](own, strength * sign) if len(own) else own
+                       for name, own, sign in parts])[back]
+    return x / 127.5 - 1
+
+
+AUGMENTATIONS = {"rand": rand, "crop": crop, "flip": flip}  # in the order in which they are applied
+
+
+def augmentation(training):
+    """{name: function} of what --augment names. Raises UserError."""
+    names = [] if training.augment == "none" else training.augment.split(",")
+    unknown = [name for name in names if name not in AUGMENTATIONS]
+    if unknown:
+        raise UserError(f"--augment knows no {unknown[0]!r}; choose none, or any of crop, flip, rand, "
+                        f"joined by commas")
+    if names and training.data.endswith(".npz"):
+        raise UserError(f"--augment {training.augment} is for pixels; {training.data} holds latents; drop it")
+    return {name: change for name, change in AUGMENTATIONS.items() if name in names}
 
 
 class Loader(NamedTuple):
@@ -460,7 +882,8 @@ class Loader(NamedTuple):
 
 
 # a model file's DATA -> its data
-LOADERS = {"text": Loader(TextTraining, load_text, lambda training, device: Tokenizer(training.tokenizer))}
+LOADERS = {"text": Loader(TextTraining, load_text, lambda training, device: Tokenizer(training.tokenizer)),
+           "images": Loader(ImageTraining, load_images, load_images)}
 
 
 # -----------------------------------------------------------------------------------------------------------
