@@ -428,9 +428,9 @@ def bits(nats, n_bytes):
 
 
 @torch.no_grad()
-def evaluate(blocks, end_to_end, control, data, n_windows=256):
-    """Tables {title: {row: {column: value}}} of blocks, baseline and control (None: left out) on held-out
-    windows.
+def evaluate(blocks, end_to_end, control, data, sampling, n_windows=256):
+    """(tables {title: {row: {column: value}}}, {}) of blocks, baseline and control (None: left out) on
+    held-out windows. Of sampling, euler_steps is used.
 
     Bits per byte whatever the tokenizer. A block's share of the bound is in the same unit, and the shares add
     up."""
@@ -471,7 +471,7 @@ def evaluate(blocks, end_to_end, control, data, n_windows=256):
             level = torch.full((len(w),), s, device=w.device)
             at_level[s].append(nats(noise.block_of(s), noise.corrupt(y, level), level).sum().item())
         for name, temperature in (("blocks from z = 0", 0.0), ("blocks from noise", 1.0)):
-            token = denoise_token(blocks, x, contexts, temperature, 0)
+            token = denoise_token(blocks, x, contexts, temperature, sampling.euler_steps)
             right[name].append((token == target).sum().item() / count)
 
     shares = [*names, "reconstruction", "prior"]
@@ -497,7 +497,7 @@ def evaluate(blocks, end_to_end, control, data, n_windows=256):
     tables["next token right, %"] = {n: {"%": 100 * sum(v) / len(v)} for n, v in right.items() if v}
     if end_to_end is not None:
         tables["generated text"] = generation(blocks, end_to_end, data, config)
-    return tables
+    return tables, {}
 
 
 def context_free(prior, table, sigma, windows, sizes):

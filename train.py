@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-MODELS = ("gpt",)
+MODELS = ("gpt", "vit", "dit")
 
 
 @dataclass
@@ -1173,7 +1173,40 @@ def show(tables):
             say(f"  {line[0].ljust(widths[0])}{rest}")
 
 
-def evaluate(module, model, args, training, device):
+def find_judge(module, training, data, device):
+    """The baseline of the model that a model file names as its JUDGE, trained on the same data, or None."""
+    path = Path(training.out) / module.JUDGE / "end_to_end.pt"
+    how = f"python train.py --model {module.JUDGE} --end-to-end --data {training.data} --out {training.out}"
+    if not path.exists():
+        say(f"without a judge, which {path} would be; train it with: {how}")
+        return None
+    judge, state = finished(importlib.import_module(module.JUDGE), module.JUDGE, "end_to_end", training.out)
+    if state["data"]["fingerprint"] != data.fingerprint:
+        say(f"without a judge: {path} was trained on other data; train it again: {how}")
+        return None
+    return judge.to(device)
+
+
+def write_arrays(folder, results):
+    """Write {name: tensor} into a folder: bytes (height, width, 3) as name.png, others as name.npy."""
+    for name, array in results.items():
+        path = folder / f"{name}.{'png' if array.dtype == torch.uint8 else 'npy'}"
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with open(part, "wb") as f:
+                if path.suffix == ".png":
+                    from PIL import Image
+                    Image.fromarray(array.numpy()).save(f, "png")
+                else:
+                    np.save(f, array.numpy())
+            os.replace(part, path)
+        except OSError as e:
+            part.unlink(missing_ok=True)
+            raise UserError(f"cannot write {path}: {e.strerror}") from None
+        say(f"saved {path}")
+
+
+def evaluate(module, model, args, training, sampling, device):
     began = time.time()
     blocks, state = assemble(module, model, training.out, args, device)
     others, updates = {}, {"block_0": state["step"]}
@@ -1193,16 +1226,23 @@ def evaluate(module, model, args, training, device):
     data = LOADERS[module.DATA].load(training, device)
     odd = [f"{k} ({state['config'][k]} -> {v})" for k, v in data.facts.items() if state["config"][k] != v]
     if odd:
-        raise UserError(f"this data does not fit the blocks: {', '.join(odd)}; drop --data and --tokenizer")
+        raise UserError(f"this data does not fit the blocks: {', '.join(odd)}; drop the flags of the data")
     data.require(blocks[0].config)
     if data.fingerprint != state["data"]["fingerprint"]:
         say("note: scored on other data than the blocks were trained on")
     torch.manual_seed(seed_of(training.seed, "eval"))
-    tables = module.evaluate(blocks, others.get("end_to_end"), others.get("control"), data)
+    judge = {"judge": find_judge(module, training, data, device)} if hasattr(module, "JUDGE") else {}
+    try:
+        tables, arrays = module.evaluate(blocks, others.get("end_to_end"), others.get("control"), data,
+                                         sampling, **judge)
+    except ValueError as e:
+        raise UserError(str(e)) from None
     show(tables)
     path = Path(training.out) / model / "eval.json"
+    write_arrays(path.parent, arrays)
     about = {"model": model, "config": state["config"], "updates": updates,
              "training": {k: v for k, v in state["training"].items() if k not in FREE},
+             "sampling": asdict(sampling),
              "data": data.meta | {"fingerprint": data.fingerprint}, "torch": str(torch.__version__),
              "python": platform.python_version(), "device": str(device), "threads": training.threads,
              "seconds": round(time.time() - began, 1)}
@@ -1223,9 +1263,13 @@ def sample(module, model, args, training, sampling, device):
     loader = LOADERS[module.DATA]
     codec = loader.codec(settle(loader.settings, state["training"]), device)
     try:
-        say(module.sample(nets, sampling, codec))
+        result = module.sample(nets, sampling, codec)
     except ValueError as e:
         raise UserError(str(e)) from None
+    if isinstance(result, str):
+        say(result)
+    else:
+        write_arrays(Path(training.out) / model, result)
 
 
 def run(argv):
@@ -1266,7 +1310,7 @@ def run(argv):
         training = settle(settings, of_data, args)
         training.threads = torch.get_num_threads()
         if args["eval"]:
-            return evaluate(module, model, args, training, device)
+            return evaluate(module, model, args, training, sampling, device)
         return sample(module, model, args, training, sampling, device)
 
     data = LOADERS[module.DATA].load(training, device)
@@ -1276,6 +1320,10 @@ def run(argv):
             raise UserError(f"--{name.replace('_', '-')} {args[name]}: the data has {fact}; drop the flag")
         setattr(config, name, fact)
     data.require(config)
+    try:
+        module.check(config)  # again, now that the data's sizes are known
+    except ValueError as e:
+        raise UserError(str(e)) from None
     here = Path(training.out) / model
     for part in parts:  # of several blocks, those that were not begun are begun
         resume = training.resume and (len(parts) == 1 or (here / f"{part}.pt").exists())
