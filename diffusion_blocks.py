@@ -148,6 +148,15 @@ class LogNormal:
             raise ValueError(f"a sampling grid needs at least 2 levels, got {n}")
         return self.quantile([i / (n - 1) for i in range(n)]).flip(0)
 
+    def edm_steps(self, n, rho=7.0):
+        """(n,) float64, from sigma_max to sigma_min at equal steps of sigma^(1/rho): the grid for `heun`.
+
+        On `steps` the first move divides sigma by 20 or so, which a mean of two slopes does not survive."""
+        lo, hi = self.sigma_min ** (1 / rho), self.sigma_max ** (1 / rho)
+        sigma = torch.linspace(hi, lo, n, dtype=torch.float64) ** rho        # EDM table 1
+        sigma[0], sigma[-1] = self.sigma_max, self.sigma_min
+        return sigma
+
     def corrupt(self, y, sigma):
         """z = y + sigma * eps, for y (B, ...) and sigma (B,)."""
         return y + expand(sigma, y) * torch.randn_like(y)

@@ -75,7 +75,7 @@ class Sampling:
     n_images: int = 10              # images of each class in the picture
     guidance: float = 1.0           # classifier-free guidance scale; 1: none, and no second evaluation
     euler_steps: int = 50           # noise levels visited (paper: 50)
-    heun: bool = False              # second-order steps: twice the evaluations (EDM)
+    heun: bool = False              # EDM's sampler: Heun's method on its own grid, twice the evaluations
     n_eval: int = 1000              # images that --eval generates from each model for the Frechet distance
     fid: bool = False               # with --eval: the standard FID, too, through torch-fidelity
 
@@ -314,13 +314,14 @@ def control(config):
 # Generation
 
 @torch.no_grad()
-def generate(nets, label, sampling):
+def generate_images(nets, label, sampling):
     """Images (N, K, H, W) of the classes label (N,), pixels in [-1, 1]; latents as they were given.
 
     nets: the list of blocks, or one EndToEnd. The starting noise comes from torch's CPU random stream."""
     blocks = nets if isinstance(nets, list) else [nets]
     net, config = blocks[0], blocks[0].config
     method, out = heun if sampling.heun else euler, []
+    steps = (net.noise.edm_steps if sampling.heun else net.noise.steps)(sampling.euler_steps)
     for part in label.split(512):
         shape = (len(part), config.n_channel, config.image_size, config.image_size)
         z = net.noise.sigma_max * torch.randn(shape).to(part.device)         # (N, K, H, W)
@@ -329,7 +330,7 @@ def generate(nets, label, sampling):
             block = blocks[net.noise.block_of(sigma).item()]  # the one block that owns the level
             level = sigma.float().to(z.device).expand(len(z))                # (N,)
             return block.denoise(z, level, part, sampling.guidance)
-        out.append(net.decode(method(denoise, z, net.noise.steps(sampling.euler_steps))))
+        out.append(net.decode(method(denoise, z, steps)))
     images = torch.cat(out)
     return images.clamp(-1, 1) if config.n_channel in (1, 3) else images
 
@@ -355,7 +356,7 @@ def sample(nets, sampling, data):
     if max(classes) >= net.config.n_class:
         raise ValueError(f"no class {max(classes)}; the data has {net.config.n_class} classes, from 0")
     label = torch.tensor(classes, device=net.position.device).repeat_interleave(sampling.n_images)
-    images = generate(nets, label, sampling)
+    images = generate_images(nets, label, sampling)
     if net.config.n_channel not in (1, 3):
         return {"sample": images.cpu()}
     return {"sample": picture(images, sampling.n_images)}
@@ -446,14 +447,14 @@ def evaluate(blocks, end_to_end, control, data, sampling, judge=None):
         name: {"ms": ms, "of the baseline's, %": 100 * ms / times.get("baseline", math.nan)}
         for name, ms in times.items()} if "baseline" in times else {n: {"ms": t} for n, t in times.items()}
 
-    tables["generated images"] = generation(models, held, data, sampling, judge)
+    tables["generated images"] = score_images(models, held, data, sampling, judge)
     pictures = {"sample" if name == "blocks" else f"sample_{name}": drawn for name, nets in models.items()
                 for drawn in sample(nets, sampling, data).values()}
     return tables, pictures
 
 
 @torch.no_grad()
-def generation(models, held, data, sampling, judge):
+def score_images(models, held, data, sampling, judge):
     """Table of what each model generates, without guidance and with that of `sampling`."""
     config = models["blocks"][0].config
     label = torch.arange(sampling.n_eval, device=held.device) % config.n_class
@@ -465,7 +466,7 @@ def generation(models, held, data, sampling, judge):
     for name, nets in models.items():
         for guidance in sorted({1.0, sampling.guidance}):
             began = time.time()
-            images = generate(nets, label, replace(sampling, guidance=guidance))
+            images = generate_images(nets, label, replace(sampling, guidance=guidance))
             row = rows[f"{name}, guidance {guidance:g}"] = {
                 "seconds per image": (time.time() - began) / len(images)}
             if judge is not None:

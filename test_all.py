@@ -1,4 +1,5 @@
 """The promises of this project, as tests. CPU, no network, small networks: pytest test_all.py"""
+import ast
 import hashlib
 import io
 import json
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import fields, replace
 from pathlib import Path
 from statistics import NormalDist
@@ -20,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
+import dit
 import gpt
 import train
-from diffusion_blocks import (LogNormal, bayes_logits, bound_ends, bound_share, edm_logits, euler, score_loss,
-                              split_layers, target_table)
+import vit
+from diffusion_blocks import (LogNormal, bayes_logits, bound_ends, bound_share, edm_logits, euler, heun,
+                              score_loss, split_layers, target_table)
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared" / "data"  # real datasets, where they are at hand; never needed
@@ -457,6 +461,387 @@ def test_presets_name_fields_that_exist_and_networks_that_can_be_built():
 
 
 # -----------------------------------------------------------------------------------------------------------
+# vit.py and dit.py
+
+IMAGES = dict(n_layer=4, n_blocks=2, n_head=2, n_embd=32, n_mlp=64, n_cond=16, image_size=8, n_channel=1,
+              n_class=10, data_mean=-.4, data_std=.75)
+
+
+def image_config(module, **changes):
+    return module.Config(**{**IMAGES, **changes})
+
+
+def image_batch(n=16, channels=1, size=8):
+    return torch.rand(n, channels, size, size) * 2 - 1, torch.arange(n) % 10
+
+
+@pytest.mark.parametrize("readout", ["bayes", "edm"])
+def test_a_vit_block_sees_the_noisy_label_and_every_pixel(readout):
+    block = shaken(vit.Block(image_config(vit, readout=readout), 1))
+    x, z = image_batch(3)[0].requires_grad_(), torch.randn(3, 32, requires_grad=True)
+    logits = block.logits(x, z, torch.tensor([.05, .2, .3]))
+    if readout == "bayes":  # what the network itself makes of z, beside the likelihood that is added to it
+        logits = logits - bayes_logits(torch.zeros_like(logits), z, torch.tensor([.05, .2, .3]), block.table)
+    seen_x, seen_z = torch.autograd.grad(logits.sin().sum(), [x, z])
+    assert (seen_x.abs() > 0).all() and (seen_z.abs() > 0).all()
+
+
+def test_a_dit_block_sees_every_pixel_its_label_and_its_level():
+    block = shaken(dit.Block(image_config(dit), 0))
+    z, sigma = torch.randn(2, 1, 8, 8, requires_grad=True), torch.tensor([.7, 3.0])
+    label = torch.tensor([1, 2])
+    d = block(z, sigma, label)
+    # one pixel of the output depends on all of the input
+    assert (torch.autograd.grad(d[:, 0, 0, 0].sum(), z)[0].abs() > 0).all()
+    assert not torch.allclose(d, block(z, sigma, label + 1))
+    assert not torch.allclose(d, block(z, 2 * sigma, label))
+
+
+@pytest.mark.parametrize("module, make", [
+    (vit, lambda c: vit.Block(c, 0)), (vit, lambda c: vit.Block(c, 1)), (vit, vit.EndToEnd),
+    (vit, lambda c: vit.Block(replace(c, readout="edm"), 0)),
+    (dit, lambda c: dit.Block(c, 0)), (dit, lambda c: dit.Block(c, 1)), (dit, dit.EndToEnd)])
+def test_one_batch_of_images_is_overfitted(module, make):
+    # a narrow range of levels: what is left is to know the images by heart
+    c = image_config(module, **(dict(sigma_min=.3, sigma_max=20.0) if module is vit else dict(sigma_min=.2)))
+    net, batch = make(c), image_batch()
+    optimizer, losses = torch.optim.AdamW(net.parameters(), lr=3e-3), []
+    for _ in range(300):
+        optimizer.zero_grad()
+        losses.append(net.loss(batch))
+        losses[-1].backward()
+        optimizer.step()
+    before, after = sum(losses[:5]).item() / 5, sum(losses[-20:]).item() / 20
+    assert after < (.1 if module is vit else .4) * before
+
+
+def test_a_fresh_dit_predicts_what_its_preconditioning_does_and_a_fresh_vit_prior_ignores_z():
+    block, z, sigma = dit.Block(image_config(dit), 0), torch.randn(2, 1, 8, 8), torch.tensor([.6, 40.0])
+    c_skip = .25 / (sigma ** 2 + .25)
+    assert torch.allclose(block(z, sigma, torch.tensor([0, 1])), c_skip.view(2, 1, 1, 1) * z, atol=1e-6)
+    block, x = vit.Block(image_config(vit), 0), image_batch(2)[0]
+    priors = [block.logits(x, z, sigma) - bayes_logits(torch.zeros(2, 10), z, sigma, block.table)
+              for z in (torch.zeros(2, 32), torch.randn(2, 32))]
+    assert torch.allclose(*priors, atol=1e-4)
+
+
+def test_patches_are_squares_row_by_row_and_come_back():
+    x = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
+    tokens = dit.patches(x, 4)
+    assert tokens.shape == (2, 4, 48)
+    assert torch.equal(tokens[1, 1].view(3, 4, 4), x[1, :, :4, 4:])       # second patch: top right
+    assert torch.equal(dit.unpatch(tokens, 4, (8, 8)), x)
+
+
+def test_fixed_positions_tell_every_place_apart_and_are_not_trained():
+    position = dit.sincos_positions(8, 32)[0]
+    assert position.shape == (64, 32) and torch.cdist(position, position).fill_diagonal_(9).min() > .1
+    row = position.view(8, 8, 32)
+    assert torch.equal(row[3, 0, :16], row[3, 7, :16]) and torch.equal(row[0, 3, 16:], row[7, 3, 16:])
+    assert "position" not in dit.Block(image_config(dit), 0).state_dict()
+
+
+def test_a_label_is_read_by_the_block_that_owns_each_level(monkeypatch):
+    blocks, calls = [vit.Block(image_config(vit), b) for b in range(2)], []
+    real = vit.Block.logits
+
+    def logits(self, x, z, sigma):
+        calls.append((self.b, sigma[0].item()))
+        return real(self, x, z, sigma)
+    monkeypatch.setattr(vit.Block, "logits", logits)
+    steps = blocks[0].noise.steps(6)                   # quantiles 1, .8, .6 | .4, .2, 0 of two halves
+    seen = vit.denoise_labels(blocks, image_batch(2)[0], torch.zeros(2, 32), steps)
+    assert [b for b, _ in calls] == [0, 0, 0, 1, 1, 1] and len(seen) == 6
+    assert [s for _, s in calls] == pytest.approx(steps.tolist())
+
+
+def test_blocks_that_know_the_label_classify_without_error_and_their_shares_are_the_bound():
+    c = image_config(vit)
+    blocks = [vit.Block(c, b) for b in range(2)]
+    x, label = image_batch(20)
+
+    class Data:
+        def held_out(self, n, config):
+            return x, label
+
+    def knows(scale):  # a prior that is sure of the label, as far as scale says
+        prior = scale * F.one_hot(label, 10)
+        return lambda x, z, sigma: bayes_logits(prior[:len(x)], z, sigma, blocks[0].table)
+    for block in blocks:
+        block.logits = knows(30.0)
+    tables, _ = vit.evaluate(blocks, None, None, Data(), vit.Sampling(n_draws=2))
+    summary = tables["held-out images"]
+    for row in ("blocks from z = 0", "blocks from noise", "blocks, mean of draws"):
+        assert summary[row]["accuracy, %"] == 100
+    by_block = tables["each block: its share, by itself, and the chain without it"]
+    assert by_block["block 0"]["left out, accuracy, %"] == 100
+    assert summary["blocks (bound)"]["bits per label"] < .01
+    for block in blocks:                                # knows nothing: chance, and log2 of 10 bits
+        block.logits = knows(0.0)
+    tables, _ = vit.evaluate(blocks, None, None, Data(), vit.Sampling(n_draws=2))
+    summary = tables["held-out images"]
+    assert summary["blocks from noise"]["accuracy, %"] < 50
+    for row, off in (("blocks, cross-entropy at sigma_max", .01), ("blocks (bound)", .4)):
+        assert summary[row]["bits per label"] == pytest.approx(math.log2(10), abs=off)
+
+
+def test_guidance_1_is_no_guidance_and_costs_no_second_evaluation():
+    block, sizes = shaken(dit.Block(image_config(dit), 0)), []
+    z, sigma, label = torch.randn(3, 1, 8, 8), torch.tensor([.7, 3.0, 9.0]), torch.tensor([1, 2, 3])
+    plain, without = block(z, sigma, label), block(z, sigma, torch.full((3,), 10))
+    block.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
+    assert torch.equal(block.denoise(z, sigma, label, 1.0), plain) and sizes == [3]
+    twice = block.denoise(z, sigma, label, 2.5)
+    assert torch.allclose(twice, without + 2.5 * (plain - without), rtol=1e-3, atol=1e-3) and sizes == [3, 6]
+    assert torch.allclose(block.denoise(z, sigma, label, 0.0), without, rtol=1e-4, atol=1e-4)
+    nets = [shaken(dit.Block(image_config(dit), b)) for b in range(2)]
+    drawn = []
+    for plainly in (True, False):
+        torch.manual_seed(3)
+        if plainly:
+            for net in nets:
+                net.denoise = lambda z, sigma, label, guidance, net=net: net(z, sigma, label)
+        drawn.append(dit.generate_images(nets, label, dit.Sampling(guidance=1.0, euler_steps=8)))
+        for net in nets:
+            net.__dict__.pop("denoise", None)
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("heun", [False, True])
+def test_an_ideal_denoiser_carries_noise_to_data(heun, monkeypatch):
+    c = image_config(dit, image_size=4, n_channel=3)
+    nets, data = [dit.Block(c, b) for b in range(2)], torch.randn(12, 3, 4, 4) * .5
+    asked = []
+
+    def forward(self, z, sigma, label):
+        asked.append((self.b, sigma[0].item()))
+        far = (z[:, None] - data).pow(2).flatten(2).sum(2)                 # (B, 12)
+        near = (-far.double() / (2 * sigma.double()[:, None] ** 2)).softmax(1).float()
+        return (near @ data.flatten(1)).view_as(z)                         # the posterior mean
+    monkeypatch.setattr(dit.Block, "forward", forward)
+    sampling = dit.Sampling(euler_steps=60, heun=heun)
+    images = dit.generate_images(nets, torch.zeros(200, dtype=torch.long), sampling)
+    points = nets[0].decode(data).clamp(-1, 1)
+    far = (images[:, None] - points).abs().amax((2, 3, 4))                 # (200, 12)
+    assert far.min(1).values.max() < 1e-3                                  # every sample is a data point
+    assert len(far.argmin(1).unique()) >= 10                               # and nearly all of them are found
+    assert len(asked) == (119 if heun else 60)
+    assert all(nets[0].noise.block_of(min(max(s, .002), 80.0)) == b for b, s in asked)
+
+
+def test_heun_routes_by_its_own_level_and_beats_euler_on_a_gaussian():
+    noise, z, ends = LogNormal(3), torch.tensor([[80.0]], dtype=torch.float64), []
+    # y ~ N(0, .25): the ODE in closed form, down to .002, and the last denoising
+    exact = 80.0 * ((.25 + .002 ** 2) / (.25 + 80.0 ** 2)) ** .5 * .25 / (.25 + .002 ** 2)
+    for method in (euler, heun):
+        seen = []
+
+        def denoise(z, sigma):
+            seen.append(sigma.item())
+            return z * .25 / (sigma ** 2 + .25)
+        ends.append(abs(method(denoise, z, noise.edm_steps(20)).item() - exact))
+    assert ends[1] < ends[0] / 3
+    steps = noise.edm_steps(20).tolist()
+    assert steps[0] == 80 and steps[-1] == .002 and steps[9] == pytest.approx(3.1708, rel=1e-3)
+    assert seen == [s for pair in zip(steps, steps[1:]) for s in pair] + steps[-1:]
+
+
+def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():
+    def exactly(mean, root):  # features whose sample mean and covariance are exactly these
+        x = torch.randn(500, 2, dtype=torch.float64)
+        x = x - x.mean(0)
+        x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+        return (x @ root.T + mean).float()
+    a, b = torch.tensor([[2.0, 0.0], [1.0, .5]]).double(), torch.tensor([[1.0, .7], [-.3, 3.0]]).double()
+    cov_a, cov_b, mean = a @ a.T, b @ b.T, torch.tensor([1.0, -2.0]).double()
+    # for 2 x 2 matrices tr sqrt(M) = sqrt(tr M + 2 sqrt(det M)); these two do not commute
+    root = ((cov_a @ cov_b).trace() + 2 * (cov_a.det() * cov_b.det()).sqrt()).sqrt()
+    expected = (mean @ mean + cov_a.trace() + cov_b.trace() - 2 * root).item()
+    found = dit.frechet_distance(exactly(mean, a), exactly(0 * mean, b))
+    assert found == pytest.approx(expected, rel=1e-4) and expected > 1
+    same = exactly(mean, a)
+    assert dit.frechet_distance(same, same) == pytest.approx(0, abs=1e-5)
+
+
+def test_labels_are_withheld_in_training_only():
+    c, seen = image_config(dit, label_drop=.5), []
+    block = dit.Block(c, 0)
+    block.condition.register_forward_hook(lambda net, args, out: seen.append((args[1] == 10).float().mean()))
+    block.loss(image_batch(1000))
+    block.eval().loss(image_batch(1000))
+    assert .4 < seen[0] < .6 and seen[1] == 0
+
+
+def test_images_are_scaled_to_sigma_data_and_back():
+    block, x = dit.Block(image_config(dit), 0), torch.randn(1000, 1, 8, 8) * .75 - .4
+    assert block.encode(x).std().item() == pytest.approx(.5, rel=.02)
+    assert abs(block.encode(x).mean().item()) < .02
+    assert torch.allclose(block.decode(block.encode(x)), x, atol=1e-5)
+
+
+def test_the_running_mean_is_counted_in_a_blocks_own_updates():
+    net = torch.nn.Linear(1, 1, bias=False)
+    average, values = torch.nn.Linear(1, 1, bias=False), [5.0, 2.0, 7.0, 1.0]
+    expected = 5.0
+    average.weight.data.fill_(expected)
+    for step, value in enumerate(values, 1):
+        net.weight.data.fill_(value)
+        train.update_average(average, net, .25, step)
+        decay = min(.25, (1 + step) / (10 + step))                         # 2/11, 3/12, then .25
+        expected = decay * expected + (1 - decay) * value
+        assert average.weight.item() == pytest.approx(expected)
+
+
+IMAGE_FLAGS = [f"--{k.replace('_', '-')}={v}" for k, v in IMAGES.items()
+               if k in ("n_layer", "n_blocks", "n_head", "n_embd", "n_mlp", "n_cond")]
+IMAGE_FLAGS += ["--threads=1", "--device=cpu", "--log-every=1000", "--save-every=4"]
+
+
+def test_a_running_mean_is_saved_used_and_resumed_to_the_same_bits(tmp_path, monkeypatch):
+    def go(out, *more):
+        train.run(["--model=dit", *IMAGE_FLAGS, "--block=1", "--steps=10", "--dropout=.1", "--augment=crop",
+                   "--batch-size=8", f"--out={out}", *more])
+        return torch.load(out / "dit/block_1.pt", weights_only=True)
+    whole, real = go(tmp_path / "whole"), train.update_average
+
+    def interrupt(average, net, decay, step):
+        if step == 7:
+            raise KeyboardInterrupt
+        real(average, net, decay, step)
+    monkeypatch.setattr(train, "update_average", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut")
+    monkeypatch.setattr(train, "update_average", real)
+    resumed = go(tmp_path / "cut", "--resume")
+    for kind in ("net", "average"):
+        assert all(torch.equal(v, resumed[kind][k]) for k, v in whole[kind].items())
+    assert not all(torch.equal(v, whole["net"][k]) for k, v in whole["average"].items())
+    net, _ = train.finished(dit, "dit", "block_1", tmp_path / "cut")
+    assert all(torch.equal(v, whole["average"][k]) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("module", [vit, dit])
+def test_training_a_block_of_an_image_model_leaves_the_others_alone(module, tmp_path, monkeypatch):
+    name, built, real = module.__name__, [], module.Block.__init__
+
+    def record(self, c, b):
+        real(self, c, b)
+        if next(self.parameters()).device.type != "meta":  # meta: counted, not in memory
+            built.append(b)
+    monkeypatch.setattr(module.Block, "__init__", record)
+
+    def go(what):
+        train.run([f"--model={name}", *IMAGE_FLAGS, what, "--steps=2", "--batch-size=8", f"--out={tmp_path}"])
+    go("--block=0")
+    before = (tmp_path / name / "block_0.pt").read_bytes()
+    go("--block=1")
+    assert built == [0, 1] and (tmp_path / name / "block_0.pt").read_bytes() == before
+    alone = sum(p.numel() for p in module.Block(image_config(module), 1).parameters())
+    state = torch.load(tmp_path / name / "block_1.pt", weights_only=True)
+    assert alone == sum(s["exp_avg"].numel() for s in state["optimizer"]["state"].values())
+    assert net_bits(tmp_path / name / "block_0.pt") != net_bits(tmp_path / name / "block_1.pt")
+
+
+def test_assembled_vit_blocks_beat_chance_by_far_and_dit_is_judged_by_the_baseline(tmp_path, capsys):
+    def go(model, *args):
+        train.run([f"--model={model}", *IMAGE_FLAGS, f"--out={tmp_path}", *args])
+        return capsys.readouterr().out
+    for part in ("--block=all", "--end-to-end", "--control"):
+        go("vit", part, "--steps=200")
+    go("vit", "--eval")
+    result = json.loads((tmp_path / "vit/eval.json").read_text())
+    summary = result["tables"]["held-out images"]
+    for row in ("baseline", "control", "blocks from z = 0", "blocks from noise", "blocks, mean of draws"):
+        assert summary[row]["accuracy, %"] > 60, row   # chance is 10
+    shares = [row["share of the bound, bits"] for row in
+              result["tables"]["each block: its share, by itself, and the chain without it"].values()]
+    assert summary["blocks (bound)"]["bits per label"] == pytest.approx(sum(shares))
+    out = go("vit", "--sample", "--n-images=3")
+    assert out.count("\n") == 4 and "sigma 80" in out and "truth" in out
+    assert "truth" in go("vit", "--sample", "--control")
+
+    go("dit", "--block=all", "--steps=30")
+    assert "without a judge" not in go("dit", "--eval", "--n-eval=60", "--euler-steps=4", "--guidance=1.5")
+    tables = json.loads((tmp_path / "dit/eval.json").read_text())["tables"]
+    distance = {name: row["Frechet distance, features of our ViT"]
+                for name, row in tables["generated images"].items()}
+    assert set(distance) == {"training images", "blocks, guidance 1", "blocks, guidance 1.5"}
+    assert distance["training images"] < distance["blocks, guidance 1"]
+    assert max(row["blocks"] for row in tables["denoising loss by block"].values()) < 2
+    (tmp_path / "vit/end_to_end.pt").unlink()
+    assert "python train.py --model vit --end-to-end" in go("dit", "--eval", "--n-eval=20", "--euler-steps=4")
+
+
+def test_the_same_seed_gives_the_same_picture_a_row_for_each_class(tmp_path):
+    def go(*args):
+        train.run(["--model=dit", *IMAGE_FLAGS, f"--out={tmp_path}", "--steps=20", *args])
+        return (tmp_path / "dit/sample.png").read_bytes() if "--sample" in args else None
+    go("--block=all")
+    a, b, c = go("--sample", "--euler-steps=6"), go("--sample", "--euler-steps=6"), go("--sample", "--seed=1")
+    assert a == b != c
+    assert Image.open(io.BytesIO(a)).size == (10 * 34, 10 * 34)            # 8 pixels, four times, and a rim
+    few = Image.open(io.BytesIO(go("--sample", "--classes", "3", "7", "--n-images=4", "--heun")))
+    assert few.size == (4 * 34, 2 * 34)
+    with pytest.raises(train.UserError, match="no class 12"):
+        go("--sample", "--classes", "12")
+
+
+def test_latents_are_trained_on_and_sampled_as_arrays(tmp_path, data_dir):
+    latents = np.random.default_rng(0).normal(3, 7, (40, 4, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "latents.npz", latents=latents, labels=np.arange(40) % 4)
+    for args in (["--block=all"], ["--sample", "--classes", "0", "2", "--n-images=3", "--euler-steps=5"]):
+        train.run(["--model=dit", *IMAGE_FLAGS, f"--out={tmp_path}", "--steps=3", "--batch-size=8",
+                   f"--data={tmp_path / 'latents.npz'}", *args])
+    drawn = np.load(tmp_path / "dit/sample.npy")
+    assert drawn.shape == (6, 4, 8, 8) and 2 < drawn.std() < 30            # in the latents' own units
+
+
+def test_image_presets_can_be_built_and_have_the_papers_sizes():
+    sizes = {}
+    for module in (vit, dit):
+        known = {f.name for cls in (module.Config, module.Sampling, train.ImageTraining) for f in fields(cls)}
+        for name, preset in module.PRESETS.items():
+            assert set(preset) <= known, name
+            facts = dict(image_size={"tiny-imagenet": 64, "default": 8}.get(name, 32), n_class=100,
+                         data_std=.5, n_channel=4 if name == "imagenet256" else 3)
+            c = replace(train.settle(module.Config, preset), **facts)
+            module.check(c)
+            with torch.device("meta"):
+                sizes[name] = sum(p.numel() for p in module.EndToEnd(c).parameters())
+                blocks = sum(p.numel() for b in range(c.n_blocks) for p in module.Block(c, b).parameters())
+            assert blocks < 1.5 * sizes[name]
+    assert 32e6 < sizes["cifar10"] < 34e6              # DiT-S/2: 33 M
+    assert 455e6 < sizes["imagenet256"] < 462e6        # DiT-L/2: 458 M
+    assert 84e6 < sizes["tiny-imagenet"] < 88e6        # ViT-B: 86 M
+
+
+def test_the_standard_fid_is_asked_of_torch_fidelity(monkeypatch):
+    asked = {}
+
+    def calculate_metrics(input1, input2, **settings):
+        asked.update(sizes=(len(input1), len(input2)), picture=input1[0], **settings)
+        return {"frechet_inception_distance": 12.5}
+    module = types.ModuleType("torch_fidelity")
+    module.calculate_metrics = calculate_metrics
+    monkeypatch.setitem(sys.modules, "torch_fidelity", module)
+    assert dit.standard_fid(image_batch(5)[0], image_batch(7)[0]) == 12.5
+    assert asked["sizes"] == (7, 5) and asked["fid"] and asked["picture"].shape == (3, 8, 8)
+    assert asked["picture"].dtype == torch.uint8
+
+
+def test_code_of_the_same_name_is_the_same_code():
+    own = {"Config", "Sampling", "Block", "EndToEnd", "check", "check_sampling", "sample", "evaluate"}
+    seen, shared = {}, set()
+    for name in train.MODELS:
+        for node in ast.parse((HERE / f"{name}.py").read_text()).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name not in own:
+                source = ast.unparse(node)
+                shared |= {node.name} & set(seen)
+                assert seen.setdefault(node.name, source) == source, f"{node.name} in {name}.py differs"
+    assert {"make_noise", "control", "SelfAttention", "EncoderLayer", "NoiseEmbedding"} <= shared
+
+
+# -----------------------------------------------------------------------------------------------------------
 # train.py: one block alone, resumed, assembled
 
 def cli(*args):
@@ -614,6 +999,14 @@ def test_bits_per_byte_is_a_ratio_of_sums_with_its_standard_error():
     (["--block=0", "--p-mean=nan"], "p_mean"), (["--block=0", "--p-mean=99"], "p_mean"),
     (["--block=0", "--steps=5", "--epochs=1"], "not both"), (["--sample", "--n-tokens=-5"], "negative"),
     (["--sample", "--euler-steps=1"], "euler_steps"),
+    (["--model=vit", "--block=0", "--tokenizer=bytes"], "--tokenizer"),
+    (["--model=vit", "--block=0", "--patch-size=3"], "patch_size 3"),
+    (["--model=vit", "--block=3"], "0 to 2"),
+    (["--model=vit", "--block=0", "--n-class=7"], "the data has 10"),
+    (["--model=vit", "--block=0", "--augment=spin"], "spin"),
+    (["--model=dit", "--block=0", "--n-embd=30"], "n_embd"),
+    (["--model=dit", "--sample", "--classes=x"], "numbers"),
+    (["--model=dit", "--block=0", "--data={tmp}/no.npz"], "no.npz"),
     (["--block=0", "--tokenizer=gpt9", "--data={short}"], "gpt9"),
     (["--block=0", "--data={short}"], "too few"), (["--block=0", "--data={empty}"], "empty"),
     (["--block=0", "--resume", "--out={tmp}/none"], "does not exist"),

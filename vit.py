@@ -353,99 +353,78 @@ def sample(nets, sampling, data):
 # -----------------------------------------------------------------------------------------------------------
 # Evaluation
 
-def percent(right):
-    """Accuracy in % and its standard error, from right or wrong (N,)."""
-    p = right.float().mean().item()
-    return {"accuracy, %": 100 * p, "+-": 100 * math.sqrt(p * (1 - p) / len(right))}
+def batched(function, *tensors):
+    """function(*tensors), computed for 500 examples at a time."""
+    return torch.cat([function(*part) for part in zip(*(t.split(500) for t in tensors))])
+
+
+def score(logits, label):
+    """Accuracy in %, its standard error over images, and cross-entropy in bits, of logits (N, V)."""
+    p = (logits.argmax(-1) == label).float().mean().item()
+    return {"accuracy, %": 100 * p, "+-": 100 * math.sqrt(p * (1 - p) / len(label)),
+            "bits per label": F.cross_entropy(logits, label).item() / math.log(2)}
 
 
 @torch.no_grad()
 def evaluate(blocks, end_to_end, control, data, sampling):
     """(tables {title: {row: {column: value}}}, {}) of blocks, baseline and control (None: left out) on all
-    held-out images.
-
-    Accuracy in %, likelihoods in bits per label. "+-" is the standard error over images."""
+    held-out images. Accuracy in %, the rest in bits per label."""
     config, noise, table = blocks[0].config, blocks[0].noise, blocks[0].table
-    names, steps = [f"block {b}" for b in range(len(blocks))], levels(blocks, sampling)
-    batches = list(zip(*(t.split(500) for t in data.held_out(0, config))))
-    n = sum(len(label) for _, label in batches)
-    grid = [noise.interval(b)[1] for b in range(len(blocks))] + [noise.sigma_min]
-    nats, right, chains = {}, {}, {}
+    x, label = data.held_out(0, config)
+    y, no_hint, steps = table[label], torch.zeros_like(table[label]), levels(blocks, sampling)
 
-    def count(name, value):
-        nats[name] = nats.get(name, 0.0) + value / n / math.log(2)
+    def logits(b, z, sigma):
+        """(N, V) from block b, with z (N, C), at one level or at one for each image."""
+        return batched(blocks[b].logits, x, z, torch.as_tensor(sigma, device=x.device).expand(len(x)))
 
-    def mark(name, guess, label, where=right):
-        where.setdefault(name, []).append((guess.argmax(-1) == label).cpu())
+    def chain(z, steps):
+        """(N, levels, V): how much of each label there is after each level on the way from z (N, C)."""
+        return batched(lambda x, z: torch.stack(denoise_labels(blocks, x, z, steps), 1), x, z) @ table.T
 
-    for x, label in batches:
-        y, zero = table[label], torch.zeros(len(x), config.n_embd, device=x.device)          # (B, C) each
-        for name, net in (("baseline", end_to_end), ("control", control)):
-            if net is not None:
-                logits = net(x)                                              # (B, V)
-                count(name, F.cross_entropy(logits, label, reduction="sum").item())
-                mark(name, logits, label)
+    from_zero, right, votes = chain(no_hint, steps), [], 0.0
+    for _ in range(sampling.n_draws):
+        seen = chain(steps[0].item() * torch.randn(y.shape).to(x.device), steps)             # (N, levels, V)
+        right.append((seen.argmax(-1) == label[:, None]).float().mean(0))                    # (levels,)
+        votes = votes + seen[:, -1]
+    draws = 100 * torch.stack(right)                                         # (draws, levels)
+    mean, spread = draws.mean(0).tolist(), draws.std(0, correction=0).tolist()
 
-        def cross_entropy(b, z, sigma):
-            return F.cross_entropy(blocks[b].logits(x, z, sigma), label, reduction="none")   # (B,)
+    by_block, by_level, along = {}, {}, {}
+    for b in range(len(blocks)):
+        lo, hi = noise.interval(b)
+        share = bound_share(lambda z, sigma: (y - logits(b, z, sigma).softmax(-1) @ table).pow(2).sum(1),
+                            y, noise, b, n=16)
+        alone = score(logits(b, no_hint, math.sqrt(lo * hi)), label)
+        row = by_block[f"block {b}"] = {"share of the bound, bits": share / math.log(2),
+                                        "z = 0, accuracy, %": alone["accuracy, %"],
+                                        "z = 0, bits": alone["bits per label"]}
+        others = [s for s in steps if noise.block_of(s).item() != b]
+        if len(others) > 1:
+            row["left out, accuracy, %"] = score(chain(no_hint, others)[:, -1], label)["accuracy, %"]
+    ends = bound_ends(lambda z, s: F.cross_entropy(logits(-1, z, s), label, reduction="none"), y, noise)
+    for name, nats in zip(("reconstruction", "prior"), ends):
+        by_block[name] = {"share of the bound, bits": nats / math.log(2)}
+    for sigma in [noise.interval(b)[1] for b in range(len(blocks))] + [noise.sigma_min]:
+        b, level = noise.block_of(sigma), torch.full((len(x),), sigma, device=x.device)
+        z = noise.corrupt(y, level)                                          # (N, C)
+        by_level[f"sigma {sigma:.4g}"] = {
+            "block": b, "cross-entropy": score(logits(b, z, level), label)["bits per label"],
+            "context-free Bayes": score(bayes_logits(torch.zeros_like(z @ table.T), z, level, table),
+                                        label)["bits per label"]}
+    for i, sigma in enumerate(steps.tolist()):
+        along[f"sigma {sigma:.4g}"] = {
+            "block": noise.block_of(sigma), "from z = 0": score(from_zero[:, i], label)["accuracy, %"],
+            "from noise": mean[i], "spread over draws": spread[i]}
 
-        for b, name in enumerate(names):
-            def squared_error(z, sigma):
-                return (y - blocks[b].denoise(x, z, sigma)).pow(2).sum(1)    # (B,)
-            count(f"{name}, share", bound_share(squared_error, y, noise, b, n=16) * len(x))
-            middle = torch.full((len(x),), math.sqrt(math.prod(noise.interval(b))), device=x.device)
-            logits = blocks[b].logits(x, zero, middle)                       # (B, V)
-            count(f"{name}, z = 0", F.cross_entropy(logits, label, reduction="sum").item())
-            mark(f"{name}, z = 0", logits, label)
-            others = [s for s in steps if noise.block_of(s).item() != b]
-            if len(others) > 1:
-                mark(f"{name}, left out", denoise_labels(blocks, x, zero, others)[-1] @ table.T, label)
-        ends = bound_ends(lambda z, sigma: cross_entropy(-1, z, sigma), y, noise)
-        count("reconstruction, share", ends[0] * len(x))
-        count("prior, share", ends[1] * len(x))
-        for s in grid:
-            level = torch.full((len(x),), s, device=x.device)
-            z = noise.corrupt(y, level)
-            count(s, cross_entropy(noise.block_of(s), z, level).sum().item())
-            bayes = bayes_logits(torch.zeros(len(x), config.n_class, device=x.device), z, level, table)
-            count(("bayes", s), F.cross_entropy(bayes, label, reduction="sum").item())
-        votes = 0.0
-        for draw in range(-1, sampling.n_draws):  # -1: no noise
-            z = steps[0].item() * torch.randn_like(zero) if draw >= 0 else zero
-            seen = [d @ table.T for d in denoise_labels(blocks, x, z, steps)]                # (B, V) each
-            for i, guess in enumerate(seen):
-                mark((draw, i), guess, label, chains)
-            votes = votes + seen[-1] * (draw >= 0)
-        mark("blocks, mean of draws", votes, label)
-
-    right, chains = ({k: torch.cat(v) for k, v in marks.items()} for marks in (right, chains))
-    last, shares = len(steps) - 1, [*names, "reconstruction", "prior"]
-    draws = torch.tensor([[100 * chains[d, i].float().mean().item() for i in range(len(steps))]
-                          for d in range(sampling.n_draws)])                 # (draws, levels)
-    summary = {name: {**percent(right[name]), "bits per label": nats[name]}
-               for name in ("baseline", "control") if name in right}
-    summary["blocks from z = 0"] = percent(chains[-1, last])
-    summary["blocks from noise"] = {"accuracy, %": draws[:, -1].mean().item(),
-                                    "spread over draws": draws[:, -1].std(correction=0).item()}
-    summary[f"blocks, mean of {sampling.n_draws} draws"] = percent(right["blocks, mean of draws"])
-    summary["blocks (bound)"] = {"bits per label": sum(nats[f"{name}, share"] for name in shares)}
-    summary["blocks, cross-entropy at sigma_max"] = {"bits per label": nats[grid[0]]}
-    chain = {f"sigma {s:.4g}": {"block": noise.block_of(s),
-                                "from z = 0": 100 * chains[-1, i].float().mean().item(),
-                                "from noise": draws[:, i].mean().item(),
-                                "spread over draws": draws[:, i].std(correction=0).item()}
-             for i, s in enumerate(steps.tolist())}
-    alone = {name: {"share of the bound, bits": nats[f"{name}, share"]} for name in shares}
-    for name in names:
-        alone[name] |= {"z = 0, accuracy, %": percent(right[f"{name}, z = 0"])["accuracy, %"],
-                        "z = 0, bits": nats[f"{name}, z = 0"]}
-        if f"{name}, left out" in right:
-            alone[name]["left out, accuracy, %"] = percent(right[f"{name}, left out"])["accuracy, %"]
-    tables = {
-        "held-out images": summary,
-        "accuracy along the chain, %": chain,
-        "each block: its share, by itself, and the chain without it": alone,
-        "cross-entropy by noise level, owning block, bits per label": {
-            f"sigma {s:.4g}": {"block": noise.block_of(s), "cross-entropy": nats[s],
-                               "context-free Bayes": nats["bayes", s]} for s in grid}}
-    return tables, {}
+    summary = {name: score(batched(net, x), label) for name, net in
+               (("baseline", end_to_end), ("control", control)) if net is not None}
+    for name, seen in (("blocks from z = 0", from_zero[:, -1]), ("blocks, mean of draws", votes)):
+        summary[name] = {k: v for k, v in score(seen, label).items() if k != "bits per label"}
+    summary["blocks from noise"] = {"accuracy, %": mean[-1], "spread over draws": spread[-1]}
+    bound = sum(row["share of the bound, bits"] for row in by_block.values())
+    summary["blocks (bound)"] = {"bits per label": bound}
+    summary["blocks, cross-entropy at sigma_max"] = {
+        "bits per label": by_level[f"sigma {noise.sigma_max:.4g}"]["cross-entropy"]}
+    return {"held-out images": summary, "accuracy along the chain, %": along,
+            "each block: its share, by itself, and the chain without it": by_block,
+            "cross-entropy by noise level, owning block, bits per label": by_level}, {}
