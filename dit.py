@@ -76,7 +76,7 @@ class Sampling:
     guidance: float = 1.0           # classifier-free guidance scale; 1: none, and no second evaluation
     euler_steps: int = 50           # noise levels visited (paper: 50)
     heun: bool = False              # EDM's sampler: Heun's method on its own grid, twice the evaluations
-    n_eval: int = 1000              # images that --eval generates from each model for the Frechet distance
+    n_eval: int = 2000              # images that --eval generates from each model for the Frechet distance
     fid: bool = False               # with --eval: the standard FID, too, through torch-fidelity
 
 
@@ -349,7 +349,7 @@ def picture(images, n_columns):
     return rows.flatten(2, 3).flatten(0, 1).cpu()
 
 
-def sample(nets, sampling, data):
+def sample(nets, sampling, _=None):
     """{"sample": picture with a row per class}; of latents, the array, which a VAE of yours can decode."""
     net = nets[0] if isinstance(nets, list) else nets
     classes = [int(c) for c in sampling.classes] or list(range(min(10, net.config.n_class)))
@@ -448,8 +448,11 @@ def evaluate(blocks, end_to_end, control, data, sampling, judge=None):
         for name, ms in times.items()} if "baseline" in times else {n: {"ms": t} for n, t in times.items()}
 
     tables["generated images"] = score_images(models, held, data, sampling, judge)
-    pictures = {"sample" if name == "blocks" else f"sample_{name}": drawn for name, nets in models.items()
-                for drawn in sample(nets, sampling, data).values()}
+    pictures, start = {}, torch.get_rng_state()
+    for name, nets in models.items():
+        torch.set_rng_state(start)  # the same starting noise for all
+        for drawn in sample(nets, sampling).values():
+            pictures["sample" if name == "blocks" else f"sample_{name}"] = drawn
     return tables, pictures
 
 
@@ -459,12 +462,13 @@ def score_images(models, held, data, sampling, judge):
     config = models["blocks"][0].config
     label = torch.arange(sampling.n_eval, device=held.device) % config.n_class
     distance = "Frechet distance, features of our ViT"
-    rows = {}
+    rows, start = {}, torch.get_rng_state()
     if judge is not None:
         real, _ = data.batch(len(label), config, 0)
         rows["training images"] = {distance: frechet_distance(judge.features(real), judge.features(held))}
     for name, nets in models.items():
         for guidance in sorted({1.0, sampling.guidance}):
+            torch.set_rng_state(start)  # the same starting noise for all
             began = time.time()
             images = generate_images(nets, label, replace(sampling, guidance=guidance))
             row = rows[f"{name}, guidance {guidance:g}"] = {

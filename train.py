@@ -878,12 +878,12 @@ def augmentation(training):
 class Loader(NamedTuple):
     settings: type    # Training with this data's own flags
     load: Callable    # (training, device) -> the data
-    codec: Callable   # (training, device) -> what a model file's `sample` reads and writes with
+    codec: Callable   # (training, function that loads the data) -> what a model file's `sample` is given
 
 
 # a model file's DATA -> its data
-LOADERS = {"text": Loader(TextTraining, load_text, lambda training, device: Tokenizer(training.tokenizer)),
-           "images": Loader(ImageTraining, load_images, load_images)}
+LOADERS = {"text": Loader(TextTraining, load_text, lambda training, load: Tokenizer(training.tokenizer)),
+           "images": Loader(ImageTraining, load_images, lambda training, load: load)}
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1160,6 +1160,16 @@ def assemble(module, model, out, given, device):
     return nets, first
 
 
+def load_fitting(module, config, training, device):
+    """The data, if it has the sizes that this configuration (a dict) was trained for. Raises UserError."""
+    data = LOADERS[module.DATA].load(training, device)
+    odd = [f"{k} ({config[k]} -> {v})" for k, v in data.facts.items() if config[k] != v]
+    if odd:
+        raise UserError(f"this data does not fit what was trained: {', '.join(odd)}; drop the flags of the "
+                        f"data")
+    return data
+
+
 def show(tables):
     """Print {title: {row: {column: number or text}}}."""
     for title, rows in tables.items():
@@ -1223,10 +1233,7 @@ def evaluate(module, model, args, training, sampling, device):
             updates[part] = other["step"]
         else:
             say(f"without {part}, which is not there; train it with: {command(model, part)}")
-    data = LOADERS[module.DATA].load(training, device)
-    odd = [f"{k} ({state['config'][k]} -> {v})" for k, v in data.facts.items() if state["config"][k] != v]
-    if odd:
-        raise UserError(f"this data does not fit the blocks: {', '.join(odd)}; drop the flags of the data")
+    data = load_fitting(module, state["config"], training, device)
     data.require(blocks[0].config)
     if data.fingerprint != state["data"]["fingerprint"]:
         say("note: scored on other data than the blocks were trained on")
@@ -1261,7 +1268,9 @@ def sample(module, model, args, training, sampling, device):
         nets, state = assemble(module, model, training.out, args, device)
     torch.manual_seed(seed_of(training.seed, "sample"))
     loader = LOADERS[module.DATA]
-    codec = loader.codec(settle(loader.settings, state["training"]), device)
+    # where the data lies may have changed, its tokenizer may not
+    known = settle(loader.settings, state["training"], {k: v for k, v in args.items() if k in FREE})
+    codec = loader.codec(known, lambda: load_fitting(module, state["config"], known, device))
     try:
         result = module.sample(nets, sampling, codec)
     except ValueError as e:

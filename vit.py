@@ -332,9 +332,10 @@ def levels(blocks, sampling):
     return blocks[0].noise.steps(sampling.euler_steps or max(len(blocks) + 1, 4))
 
 
-def sample(nets, sampling, data):
-    """Held-out images classified, as one printable text: the label after every level beside the true one."""
-    net = nets[0] if isinstance(nets, list) else nets
+def sample(nets, sampling, load):
+    """Held-out images of the data that load() gives, classified, as one printable text: the label after every
+    level beside the true one."""
+    net, data = nets[0] if isinstance(nets, list) else nets, load()
     x, label = data.held_out(sampling.n_images, net.config)
     if isinstance(nets, list):
         steps = levels(nets, sampling)

@@ -1,6 +1,6 @@
 """Rebuild the numbers of README.md from the logs beside this file: python results/table.py [--check]
 
-What stands between the README's marks comes from results/gpt/seed*/eval.json (`train.py --eval`)."""
+What stands between the README's marks comes from results/MODEL/seed*/eval.json (`train.py --eval`)."""
 import json
 import re
 import statistics
@@ -21,12 +21,51 @@ def markdown(head, rows):
     return "\n".join(f"| {line} |" for line in lines)
 
 
+class Runs:
+    """The evaluations of a model, one for each seed."""
+
+    def __init__(self, model):
+        paths = sorted((HERE / model).glob("seed*/eval.json"))
+        self.tables = [json.loads(p.read_text())["tables"] for p in paths]
+
+    def cell(self, title, row, column, digits=3):
+        values = [tables[title][row].get(column) for tables in self.tables]
+        return "" if None in values else spread(values, digits)
+
+    def table(self, title, columns, names=None):
+        """All rows of a table, or those in `names` {row: its name}; columns {column: (its head, digits)}."""
+        rows = names or {row: row for row in self.tables[0][title]}
+        return markdown(["", *(head for head, _ in columns.values())], [
+            [name, *(self.cell(title, row, column, digits) for column, (_, digits) in columns.items())]
+            for row, name in rows.items()])
+
+
 def tables():
     """{mark: text} for README.md."""
-    runs = [json.loads(p.read_text())["tables"] for p in sorted((HERE / "gpt").glob("seed*/eval.json"))]
+    return {**main_table(), **gpt_tables(), **vit_tables(), **dit_tables()}
 
-    def cell(title, row, column="bits per byte", digits=3):
-        return spread([run[title][row][column] for run in runs], digits)
+
+def main_table():
+    gpt, vit, dit = Runs("gpt"), Runs("vit"), Runs("dit")
+    text, images, drawn = "bits per byte on held-out text", "held-out images", "generated images"
+    distance, loss = "Frechet distance, features of our ViT", "denoising loss by block"
+
+    def weighted(name):  # every block's interval has the same probability: the plain mean is over all levels
+        return spread([statistics.mean(row[name] for row in run[loss].values()) for run in dit.tables])
+    return {"main": markdown(
+        ["", "measured", "end to end", "control: one block's layers", "**blocks, each trained alone**"], [
+            ["`vit.py`, 8x8 digits, 3 blocks", "accuracy, % (higher is better)",
+             *(vit.cell(images, r, "accuracy, %", 1) for r in ("baseline", "control", "blocks from z = 0"))],
+            ["`dit.py`, 8x8 digits, 3 blocks", "denoising loss", *(weighted(r) for r in
+                                                                  ("baseline", "control", "blocks"))],
+            ["", "Fréchet distance, features of our ViT",
+             *(dit.cell(drawn, f"{r}, guidance 1", distance) for r in ("baseline", "control", "blocks"))],
+            ["`gpt.py`, bytes of Python sources, 4 blocks", "bits per byte",
+             *(gpt.cell(text, r, "bits per byte") for r in ("baseline", "control", "blocks (bound)"))]])}
+
+
+def gpt_tables():
+    runs = Runs("gpt")
     first = "bits per byte on held-out text"
     names = {"baseline": "end to end, 8 layers", "control": "control: 2 layers, end to end",
              "blocks (bound)": "**4 blocks of 2 layers, each trained alone** (bound)",
@@ -34,26 +73,61 @@ def tables():
              "blocks (bound) - control": "bound − control"}
     right = {"baseline": "baseline", "control": "control", "blocks (bound)": "blocks from z = 0"}
     main = markdown(["gpt.py, bytes of the standard library", "bits per byte", "next byte right, %"], [
-        [text, cell(first, row), cell("next token right, %", right[row], "%", 1) if row in right else ""]
+        [text, runs.cell(first, row, "bits per byte"),
+         runs.cell("next token right, %", right[row], "%", 1) if row in right else ""]
         for row, text in names.items()])
     gaps = [run[first]["blocks (bound)"]["bits per byte"]
-            - run[first]["blocks, cross-entropy at sigma_max"]["bits per byte"] for run in runs]
+            - run[first]["blocks, cross-entropy at sigma_max"]["bits per byte"] for run in runs.tables]
     main += f"\n| bound − cross-entropy at sigma_max | {spread(gaps)} | |"
     shares, free = "the bound, share by share", "each block without its hint (z = 0)"
     blocks = markdown(["", "share of the bound, bits per byte", "without its hint (z = 0), bits per byte"], [
-        [row, cell(shares, row), cell(free, row) if row in runs[0][free] else ""] for row in runs[0][shares]])
+        [row, runs.cell(shares, row, "bits per byte"),
+         runs.cell(free, row, "bits per byte") if row in runs.tables[0][free] else ""]
+        for row in runs.tables[0][shares]])
     levels = "cross-entropy by noise level, owning block"
     sigma = markdown(["noise level", "block", "cross-entropy, bits per byte", "from z alone (Bayes)"], [
-        [row, str(runs[0][levels][row]["block"]), cell(levels, row),
-         cell(levels, row, "context-free Bayes")] for row in runs[0][levels]])
+        [row, str(runs.tables[0][levels][row]["block"]), runs.cell(levels, row, "bits per byte"),
+         runs.cell(levels, row, "context-free Bayes")] for row in runs.tables[0][levels]])
     text = "generated text"
-    generated = markdown(["", *runs[0][text]["held-out text"]], [
-        [row, *(cell(text, row, column, 2) for column in runs[0][text][row])] for row in runs[0][text]])
+    columns = {column: (column, 2) for column in runs.tables[0][text]["held-out text"]}
     lines = [json.loads(line) for line in (HERE / "gpt" / "explore.log").read_text().splitlines()]
     explored = markdown(["block 1, one seed, 400 updates", "share of the bound, bits", "hint-free, bits"], [
         [line["what"], f"{line['share, bits per token']:.3f}", f"{line['hint-free, bits per token']:.3f}"]
         for line in lines])
-    return {"main": main, "blocks": blocks, "levels": sigma, "generated": generated, "explored": explored}
+    return {"gpt": main, "blocks": blocks, "levels": sigma, "generated": runs.table(text, columns),
+            "explored": explored}
+
+
+def vit_tables():
+    runs = Runs("vit")
+    names = {"baseline": "end to end, 6 layers", "control": "control: 2 layers, end to end",
+             "blocks from z = 0": "**3 blocks of 2 layers, each trained alone**, from z = 0",
+             "blocks from noise": "the same, from noise (mean of 8 draws' accuracies)",
+             "blocks, mean of draws": "the same, the 8 draws averaged",
+             "blocks (bound)": "the same, bound on the likelihood",
+             "blocks, cross-entropy at sigma_max": "the same, cross-entropy at sigma_max (block 0 alone)"}
+    columns = {"accuracy, %": ("accuracy, %", 2), "bits per label": ("bits per label", 3),
+               "spread over draws": ("std over draws, %", 2)}
+    chain = {"from z = 0": ("from z = 0, %", 2), "from noise": ("from noise, %", 2)}
+    blocks = {"share of the bound, bits": ("share of the bound, bits", 3),
+              "z = 0, accuracy, %": ("by itself with z = 0, %", 1), "z = 0, bits": ("the same, bits", 3),
+              "left out, accuracy, %": ("chain without it, %", 1)}
+    levels = {"cross-entropy": ("cross-entropy, bits", 3), "context-free Bayes": ("from z alone (Bayes)", 3)}
+    return {"vit": runs.table("held-out images", columns, names),
+            "vit chain": runs.table("accuracy along the chain, %", chain),
+            "vit blocks": runs.table("each block: its share, by itself, and the chain without it", blocks),
+            "vit levels": runs.table("cross-entropy by noise level, owning block, bits per label", levels)}
+
+
+def dit_tables():
+    runs = Runs("dit")
+    models = {name: (name, 4) for name in ("baseline", "control", "blocks")}
+    drawn = {"Frechet distance, features of our ViT": ("Fréchet distance, features of our ViT", 3),
+             "judged to be of its class, %": ("judged to be of its class, %", 1)}
+    speed = {"of the baseline's, %": ("one evaluation of 64 images, % of the baseline's time", 0)}
+    return {"dit": runs.table("generated images", drawn),
+            "dit loss": runs.table("denoising loss by block", models),
+            "dit speed": runs.table("one evaluation of 64 images", speed)}
 
 
 def filled(readme):
