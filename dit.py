@@ -54,8 +54,8 @@ class Config:
     weighting: str = "edm"          # of the squared error: edm (paper) or none
 
 
-# A preset names fields of Config above or of train.py's ImageTraining. The paper's shapes, batches, rates and
-# lengths; EMA and label drop are DiT's.
+# A preset names fields of Config above, of Sampling below or of train.py's ImageTraining. The paper's shapes,
+# batches, rates and lengths; EMA and flips are DiT's. Shorter runs than 90,000 updates average less: --help.
 PAPER = dict(patch_size=2, batch_size=512, epochs=100.0, final_lr=1.0, warmup=0, beta2=0.999,
              weight_decay=0.0, ema=0.9999, guidance=2.0)
 PRESETS = {
@@ -294,7 +294,7 @@ def check(config):
 
 def check_sampling(sampling):
     """Raises ValueError, in words for the user, for values that nothing can be sampled with."""
-    if not all(c.isdigit() for c in sampling.classes):
+    if not all(c.isdecimal() for c in sampling.classes):
         raise ValueError("classes are numbers from 0, such as 3 7")
     if sampling.n_images < 1 or sampling.n_eval < 2 or sampling.euler_steps < 2:
         raise ValueError("n_images must be at least 1, n_eval and euler_steps at least 2")
@@ -315,7 +315,7 @@ def control(config):
 
 @torch.no_grad()
 def generate_images(nets, label, sampling):
-    """Images (N, K, H, W) of the classes label (N,), pixels in [-1, 1]; latents as they were given.
+    """Images (N, K, H, W) of the classes label (N,): pixels in [-1, 1], as bytes have them, or latents.
 
     nets: the list of blocks, or one EndToEnd. The starting noise comes from torch's CPU random stream."""
     blocks = nets if isinstance(nets, list) else [nets]
@@ -332,7 +332,10 @@ def generate_images(nets, label, sampling):
             return block.denoise(z, level, part, sampling.guidance)
         out.append(net.decode(method(denoise, z, steps)))
     images = torch.cat(out)
-    return images.clamp(-1, 1) if config.n_channel in (1, 3) else images
+    if not images.isfinite().all():
+        raise ValueError(f"what {net.title} and those below it generate is not finite; train again with a "
+                         f"lower lr")
+    return to_bytes(images).float() / 127.5 - 1 if config.n_channel in (1, 3) else images
 
 
 def to_bytes(images):
@@ -370,7 +373,7 @@ def frechet_distance(a, b):
 
     The trace of the root is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is
     symmetric."""
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()
     mean = (a.mean(0) - b.mean(0)).pow(2).sum()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)                            # (D, D) each
     values, vectors = torch.linalg.eigh(cov_a)
@@ -397,13 +400,18 @@ def standard_fid(real, images):
     return result["frechet_inception_distance"]
 
 
+def batched(function, *tensors):
+    """function(*tensors), computed for 500 examples at a time."""
+    return torch.cat([function(*part) for part in zip(*(t.split(500) for t in tensors))])
+
+
 @torch.no_grad()
 def denoising_loss(nets, images, label, sigma):
     """Weighted squared error per pixel at one noise level (a float), with the same noise for every model."""
     block = nets[nets[0].noise.block_of(sigma)]
     y, level = block.encode(images), torch.full((len(images),), sigma, device=images.device)
     eps = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y.device)
-    error = (block(y + sigma * eps, level, label) - y).pow(2).flatten(1).mean(1)             # (B,)
+    error = (batched(block, y + sigma * eps, level, label) - y).pow(2).flatten(1).mean(1)    # (N,)
     return (block.noise.weight(level) * error).mean().item()
 
 
@@ -432,7 +440,9 @@ def evaluate(blocks, end_to_end, control, data, sampling, judge=None):
     noise, config = blocks[0].noise, blocks[0].config
     models = {"blocks": blocks, "baseline": [end_to_end], "control": [control]}
     models = {name: nets for name, nets in models.items() if nets[0] is not None}
-    held, held_label = data.held_out(2000, config)
+    if sampling.fid and config.n_channel not in (1, 3):
+        raise ValueError("the standard FID is of pixels; of latents there is none: decode them first")
+    held, held_label = data.held_out(1000, config)
     tables = {"denoising loss by noise level": {}, "denoising loss by block": {}}
     for b in range(config.n_blocks):
         lo, hi = noise.cdf(noise.interval(b)).tolist()
@@ -442,30 +452,33 @@ def evaluate(blocks, end_to_end, control, data, sampling, judge=None):
         tables["denoising loss by noise level"] |= rows
         tables["denoising loss by block"][f"block {b}"] = {
             name: statistics.mean(row[name] for row in rows.values()) for name in models}
-    times = step_times(models)
-    tables["one evaluation of 64 images"] = {
-        name: {"ms": ms, "of the baseline's, %": 100 * ms / times.get("baseline", math.nan)}
-        for name, ms in times.items()} if "baseline" in times else {n: {"ms": t} for n, t in times.items()}
-
-    tables["generated images"] = score_images(models, held, data, sampling, judge)
     pictures, start = {}, torch.get_rng_state()
     for name, nets in models.items():
         torch.set_rng_state(start)  # the same starting noise for all
-        for drawn in sample(nets, sampling).values():
-            pictures["sample" if name == "blocks" else f"sample_{name}"] = drawn
+        pictures[f"eval_{name}"] = sample(nets, sampling)["sample"]
+    torch.set_rng_state(start)
+    tables["generated images"] = score_images(models, data, sampling, judge)
+    times = step_times(models)
+    tables["one evaluation of 64 images"] = {name: {"ms": ms} for name, ms in times.items()}
+    for name, row in tables["one evaluation of 64 images"].items():
+        if end_to_end is not None:
+            row["of the baseline's, %"] = 100 * row["ms"] / times["baseline"]
     return tables, pictures
 
 
 @torch.no_grad()
-def score_images(models, held, data, sampling, judge):
+def score_images(models, data, sampling, judge):
     """Table of what each model generates, without guidance and with that of `sampling`."""
     config = models["blocks"][0].config
+    held, _ = data.held_out(0, config)
     label = torch.arange(sampling.n_eval, device=held.device) % config.n_class
-    distance = "Frechet distance, features of our ViT"
-    rows, start = {}, torch.get_rng_state()
+    distance, rows, start = "Frechet distance, features of our ViT", {}, torch.get_rng_state()
     if judge is not None:
-        real, _ = data.batch(len(label), config, 0)
-        rows["training images"] = {distance: frechet_distance(judge.features(real), judge.features(held))}
+        if len(held) < 2:
+            raise ValueError("one held-out image has no covariance; hold out more for the Frechet distance")
+        of_held = batched(judge.features, held)                              # (M, D)
+        real, _ = data.fixed("train", len(label))
+        rows["training images"] = {distance: frechet_distance(batched(judge.features, real), of_held)}
     for name, nets in models.items():
         for guidance in sorted({1.0, sampling.guidance}):
             torch.set_rng_state(start)  # the same starting noise for all
@@ -474,10 +487,13 @@ def score_images(models, held, data, sampling, judge):
             row = rows[f"{name}, guidance {guidance:g}"] = {
                 "seconds per image": (time.time() - began) / len(images)}
             if judge is not None:
-                images = to_bytes(images).float() / 127.5 - 1                # as coarse as the real ones
-                row[distance] = frechet_distance(judge.features(images), judge.features(held))
+                row[distance] = frechet_distance(batched(judge.features, images), of_held)
                 row["judged to be of its class, %"] = 100 * (
-                    (judge(images).argmax(-1) == label).float().mean().item())
+                    (batched(judge, images).argmax(-1) == label).float().mean().item())
             if sampling.fid:
-                row["FID, held-out images"] = standard_fid(held, images)
+                try:
+                    fid = standard_fid(held, images)
+                except Exception as e:  # its weights come over the network, and its dependencies change
+                    fid = f"failed: {type(e).__name__}"
+                row[f"FID, {len(images)} against {len(held)} held out"] = fid
     return rows

@@ -50,7 +50,7 @@ class Training:
     warmup: int = 50                # updates of linear warm-up, counted for each block by itself
     final_lr: float = 0.05          # where the cosine ends, as a fraction of lr
     clip: float = 1.0               # largest gradient norm
-    ema: float = 0.0                # decay of the running mean of the weights that is kept and used; 0: none
+    ema: float = 0.0                # decay of a running mean of the weights, at most (1+n)/(10+n); 0: none
     seed: int = 0                   # a block's random stream is a function of (seed, block) alone
     threads: int = 0                # CPU threads; 0: all cores. Same number, same bits
     device: str = "auto"            # auto, cpu, cuda, cuda:1, mps
@@ -171,8 +171,9 @@ def check(training):
         raise UserError(f"--accumulate {training.accumulate} must divide --batch-size {training.batch_size}")
     if training.threads < 0 or training.warmup < 0 or not 0 <= training.epochs < math.inf:
         raise UserError("--threads, --warmup and --epochs must not be negative")
-    if not (math.isfinite(training.lr) and training.lr > 0 and 0 <= training.beta2 < 1 and training.clip > 0):
-        raise UserError("need --lr > 0, 0 <= --beta2 < 1 and --clip > 0")
+    if not (math.isfinite(training.lr) and training.lr > 0 and 0 <= training.beta2 < 1 and training.clip > 0
+            and 0 <= training.ema < 1):
+        raise UserError("need --lr > 0, 0 <= --beta2 < 1, --clip > 0 and 0 <= --ema < 1")
 
 
 def pick_device(name):
@@ -409,7 +410,6 @@ class Text:
         last = len(self.tokens["val"]) - config.seq_len - 1
         return self.cut("val", np.linspace(0, last, n).astype(np.int64), config)
 
-
     def unigram(self):
         """(V,) log-probabilities of the tokens in the training text, each counted once more than it
         occurs."""
@@ -521,6 +521,9 @@ def prepare_latents(training, part):
         raise UserError(f"cannot read {source} ({type(e).__name__}: {e}); it must be an .npz of latents "
                         f"(N, C, H, W) and labels (N,)") from None
     prefixes = ("", "val_") if "val_latents" in data or "val_labels" in data else ("", "")
+    if "latents" in data and data["latents"].ndim == 4 and data["latents"].shape[1] in (1, 3):
+        raise UserError(f"{source}: latents of 1 or 3 channels would be taken for pixels; give images as "
+                        f"images, or latents of another VAE")
     for x, y in [(f"{prefix}latents", f"{prefix}labels") for prefix in prefixes]:
         if x not in data or y not in data:
             raise UserError(f"{source} has no {y if x in data else x}; it must hold latents and labels, and "
@@ -536,7 +539,8 @@ def prepare_latents(training, part):
     names = numbered(data["labels"])
     rows = divide(source, data["labels"], data.get("val_labels"), names)
     for split, prefix in zip(SPLITS, prefixes):
-        np.save(part / f"{split}_images.npy", data[f"{prefix}latents"][rows[split]].astype(np.float32))
+        latents = data[f"{prefix}latents"][rows[split]].astype(np.float32, copy=False)
+        np.save(part / f"{split}_images.npy", latents)
         np.save(part / f"{split}_labels.npy", data[f"{prefix}labels"][rows[split]].astype(np.int64))
     return {"names": names}
 
@@ -598,7 +602,7 @@ def decode(parts, column, part):
     size, mode = 0, "L"
     for split in SPLITS:
         for _, where, cell in cells(split, "checking"):
-            head = picture(cell, where)
+            head = open_image(cell, where)
             size = size or head.size[0]
             if head.size != (size, size):
                 raise UserError(f"{where} is {head.size[0]} x {head.size[1]} pixels; needed is {size} x "
@@ -609,11 +613,11 @@ def decode(parts, column, part):
         # straight into the file: a large set need not fit into memory
         pixels = np.lib.format.open_memmap(part / f"{split}_images.npy", "w+", np.uint8, shape)
         for i, where, cell in cells(split, "decoding"):
-            pixels[i] = np.asarray(picture(cell, where, mode)).reshape(size, size, -1).transpose(2, 0, 1)
+            pixels[i] = np.asarray(open_image(cell, where, mode)).reshape(size, size, -1).transpose(2, 0, 1)
         pixels.flush()
 
 
-def picture(cell, where, mode=None):
+def open_image(cell, where, mode=None):
     """A PIL image of an undecoded cell: its header alone is read, unless it is to be decoded to a mode.
     Raises UserError that says where a damaged image is."""
     from PIL import Image
@@ -634,8 +638,9 @@ def digits():
     try:
         with np.load(DIGITS) as file:
             images, labels, held_out = (file[k] for k in ("images", "labels", "held_out"))
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"cannot read {DIGITS} ({e}); it comes with this project: git restore it") from None
+    except Exception as e:  # zipfile's, zlib's, numpy's or the system's
+        raise UserError(f"cannot read {DIGITS} ({type(e).__name__}: {e}); it comes with this project: git "
+                        f"restore it") from None
     images = np.rint(images[:, None] * (255 / 16)).astype(np.uint8)  # (N, 1, 8, 8)
     labels = labels.astype(np.int64)
     return {s: (images[held_out == (s == "val")], labels[held_out == (s == "val")]) for s in SPLITS}
@@ -654,10 +659,13 @@ def summary(arrays, about):
         x = on_scale(images[i:i + step]).astype(np.float64)
         total, squares = total + float(x.sum()), squares + float(np.square(x).sum())
     mean = total / images.size
+    variance = squares / images.size - mean ** 2
+    if not variance > 1e-8:
+        raise UserError(f"{about['source']}: all training images are the same in every pixel; give others")
     return about | {
         "train": len(images), "val": len(arrays["val"][0]), "image_size": images.shape[-1],
         "n_channel": images.shape[1], "n_class": len(about["names"]), "data_mean": round(mean, 6),
-        "data_std": round(math.sqrt(max(0.0, squares / images.size - mean**2)), 6),
+        "data_std": round(math.sqrt(variance), 6),
         "sha256": [hashlib.sha256(a.reshape(-1).view(np.uint8)).hexdigest()
                    for split in SPLITS for a in arrays[split]]}
 
@@ -719,10 +727,14 @@ class Images:
             images = change(images)
         return images, labels
 
+    def fixed(self, split, n):
+        """Images (n, C, H, W) and labels (n,), the first of a split (n = 0: all) in one shuffled order,
+        whatever the seed; never augmented."""
+        return self.fetch(split, shuffled(self.meta[split], 0, "held out")[:n or None])
+
     def held_out(self, n, config):
-        """Images (n, C, H, W) and labels (n,), the first of the held-out ones (n = 0: all) in one shuffled
-        order, whatever the seed; never augmented."""
-        return self.fetch("val", shuffled(self.meta["val"], 0, "held out")[:n or None])
+        """As `fixed`, of the held-out images."""
+        return self.fixed("val", n)
 
 
 def load_images(training, device):
@@ -933,12 +945,16 @@ def build(module, config, part):
     return module.EndToEnd(config) if part == "end_to_end" else module.control(config)
 
 
-TYPED = []  # the settings of this command line, for the commands that messages name
+TYPED = []  # the settings of this command line, (name, as typed), for the commands that messages name
 
 
 def command(model, part):
+    """The command that trains or scores a part, with the settings of this command line that the model has."""
+    module = importlib.import_module(model)
+    known = {f.name for cls in (LOADERS[module.DATA].settings, module.Config) for f in fields(cls)}
+    typed = [text for name, text in TYPED if name in known or name == "preset" and text[9:] in module.PRESETS]
     flag = f"--block {part[6:]}" if part.startswith("block_") else "--" + part.replace("_", "-")
-    return " ".join([f"python train.py --model {model} {flag}", *TYPED])
+    return " ".join([f"python train.py --model {model} {flag}", *typed])
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -998,7 +1014,8 @@ def validate(net, held_out, size):
 def update_average(average, net, decay, step):
     """Move a running mean of the weights towards net's; step counts this block's own updates, from 1.
 
-    The decay is at most (1 + step) / (10 + step), so that first weights do not hold a short run back."""
+    The decay is at most (1 + step) / (10 + step), a mean over the last ninth or so: in a run of less than
+    10 / (1 - decay) updates the first weights would weigh too much."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
 
@@ -1153,6 +1170,8 @@ def assemble(module, model, out, given, device):
         if odd:
             raise UserError(f"block {b} does not fit block 0: {', '.join(odd)}; train it again: "
                             f"{command(model, f'block_{b}')}")
+        if state["step"] != first["step"]:
+            say(f"note: block {b} has had {state['step']} updates, block 0 {first['step']}: not equal")
         nets.append(net.to(device))
     odd = [f"{k} ({v} -> {given[k]})" for k, v in first["config"].items() if given.get(k, v) != v]
     if odd:
@@ -1186,7 +1205,9 @@ def show(tables):
 def find_judge(module, training, data, device):
     """The baseline of the model that a model file names as its JUDGE, trained on the same data, or None."""
     path = Path(training.out) / module.JUDGE / "end_to_end.pt"
-    how = f"python train.py --model {module.JUDGE} --end-to-end --data {training.data} --out {training.out}"
+    own = {k: getattr(training, k) for k in ("data", "split", "image_column", "label_column", "out")}
+    how = f"python train.py --model {module.JUDGE} --end-to-end " + " ".join(
+        f"--{k.replace('_', '-')} {shlex.quote(v)}" for k, v in own.items() if v)
     if not path.exists():
         say(f"without a judge, which {path} would be; train it with: {how}")
         return None
@@ -1253,8 +1274,13 @@ def evaluate(module, model, args, training, sampling, device):
              "data": data.meta | {"fingerprint": data.fingerprint}, "torch": str(torch.__version__),
              "python": platform.python_version(), "device": str(device), "threads": training.threads,
              "seconds": round(time.time() - began, 1)}
+    try:
+        text = json.dumps(about | {"tables": tables}, indent=1, allow_nan=False)
+    except ValueError:
+        raise UserError(f"a figure above is not finite, so {path} was not written; train longer, or with a "
+                        f"lower --lr") from None
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(about | {"tables": tables}, indent=1, allow_nan=False))
+    part.write_text(text)
     os.replace(part, path)
     say(f"\nsaved {path}; peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
 
@@ -1278,7 +1304,8 @@ def sample(module, model, args, training, sampling, device):
     if isinstance(result, str):
         say(result)
     else:
-        write_arrays(Path(training.out) / model, result)
+        named = {f"{name}_{part}" if part else name: array for name, array in result.items()}
+        write_arrays(Path(training.out) / model, named)
 
 
 def run(argv):
@@ -1288,8 +1315,8 @@ def run(argv):
     config, sampling = settle(module.Config, preset, args), settle(module.Sampling, preset, args)
     own = {f.name for cls in (settings, module.Config) for f in fields(cls)} - {"resume"}
     own -= {"epochs"} if "steps" in args else set()  # parse has put it there
-    TYPED[:] = [f"--{k.replace('_', '-')} {shlex.quote(str(v))}" for k, v in args.items() if k in own]
-    TYPED[:0] = [f"--preset {args['preset']}"] if args["preset"] != "default" else []
+    TYPED[:] = [("preset", f"--preset {args['preset']}")] if args["preset"] != "default" else []
+    TYPED[:] += [(k, f"--{k.replace('_', '-')} {shlex.quote(str(v))}") for k, v in args.items() if k in own]
     check(training)
     try:
         module.check(config)

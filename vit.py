@@ -359,11 +359,15 @@ def batched(function, *tensors):
     return torch.cat([function(*part) for part in zip(*(t.split(500) for t in tensors))])
 
 
-def score(logits, label):
-    """Accuracy in %, its standard error over images, and cross-entropy in bits, of logits (N, V)."""
+def accuracy(logits, label):
+    """Accuracy in % of logits (N, V), and its standard error over images."""
     p = (logits.argmax(-1) == label).float().mean().item()
-    return {"accuracy, %": 100 * p, "+-": 100 * math.sqrt(p * (1 - p) / len(label)),
-            "bits per label": F.cross_entropy(logits, label).item() / math.log(2)}
+    return {"accuracy, %": 100 * p, "+-": 100 * math.sqrt(p * (1 - p) / len(label))}
+
+
+def cross_entropy_bits(logits, label):
+    """Cross-entropy of logits (N, V)."""
+    return F.cross_entropy(logits, label).item() / math.log(2)
 
 
 @torch.no_grad()
@@ -395,32 +399,35 @@ def evaluate(blocks, end_to_end, control, data, sampling):
         lo, hi = noise.interval(b)
         share = bound_share(lambda z, sigma: (y - logits(b, z, sigma).softmax(-1) @ table).pow(2).sum(1),
                             y, noise, b, n=16)
-        alone = score(logits(b, no_hint, math.sqrt(lo * hi)), label)
+        alone = logits(b, no_hint, math.sqrt(lo * hi))                       # (N, V)
         row = by_block[f"block {b}"] = {"share of the bound, bits": share / math.log(2),
-                                        "z = 0, accuracy, %": alone["accuracy, %"],
-                                        "z = 0, bits": alone["bits per label"]}
+                                        "z = 0, accuracy, %": accuracy(alone, label)["accuracy, %"],
+                                        "z = 0, bits": cross_entropy_bits(alone, label)}
         others = [s for s in steps if noise.block_of(s).item() != b]
         if len(others) > 1:
-            row["left out, accuracy, %"] = score(chain(no_hint, others)[:, -1], label)["accuracy, %"]
+            row["left out, accuracy, %"] = accuracy(chain(no_hint, others)[:, -1], label)["accuracy, %"]
     ends = bound_ends(lambda z, s: F.cross_entropy(logits(-1, z, s), label, reduction="none"), y, noise)
     for name, nats in zip(("reconstruction", "prior"), ends):
         by_block[name] = {"share of the bound, bits": nats / math.log(2)}
     for sigma in [noise.interval(b)[1] for b in range(len(blocks))] + [noise.sigma_min]:
         b, level = noise.block_of(sigma), torch.full((len(x),), sigma, device=x.device)
         z = noise.corrupt(y, level)                                          # (N, C)
+        free = bayes_logits(torch.zeros_like(z @ table.T), z, level, table)  # (N, V), from z alone
         by_level[f"sigma {sigma:.4g}"] = {
-            "block": b, "cross-entropy": score(logits(b, z, level), label)["bits per label"],
-            "context-free Bayes": score(bayes_logits(torch.zeros_like(z @ table.T), z, level, table),
-                                        label)["bits per label"]}
+            "block": b, "cross-entropy": cross_entropy_bits(logits(b, z, level), label),
+            "context-free Bayes": cross_entropy_bits(free, label)}
     for i, sigma in enumerate(steps.tolist()):
         along[f"sigma {sigma:.4g}"] = {
-            "block": noise.block_of(sigma), "from z = 0": score(from_zero[:, i], label)["accuracy, %"],
+            "block": noise.block_of(sigma), "from z = 0": accuracy(from_zero[:, i], label)["accuracy, %"],
             "from noise": mean[i], "spread over draws": spread[i]}
 
-    summary = {name: score(batched(net, x), label) for name, net in
-               (("baseline", end_to_end), ("control", control)) if net is not None}
+    summary = {}
+    for name, net in (("baseline", end_to_end), ("control", control)):
+        if net is not None:
+            said = batched(net, x)                                           # (N, V)
+            summary[name] = accuracy(said, label) | {"bits per label": cross_entropy_bits(said, label)}
     for name, seen in (("blocks from z = 0", from_zero[:, -1]), ("blocks, mean of draws", votes)):
-        summary[name] = {k: v for k, v in score(seen, label).items() if k != "bits per label"}
+        summary[name] = accuracy(seen, label)
     summary["blocks from noise"] = {"accuracy, %": mean[-1], "spread over draws": spread[-1]}
     bound = sum(row["share of the bound, bits"] for row in by_block.values())
     summary["blocks (bound)"] = {"bits per label": bound}
