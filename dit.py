@@ -328,7 +328,7 @@ def generate_images(nets, label, sampling):
 
         def denoise(z, sigma):
             block = blocks[net.noise.block_of(sigma).item()]  # the one block that owns the level
-            level = sigma.float().to(z.device).expand(len(z))                # (N,)
+            level = torch.full((len(z),), sigma.item(), device=z.device)     # (N,)
             return block.denoise(z, level, part, sampling.guidance)
         out.append(net.decode(method(denoise, z, steps)))
     images = torch.cat(out)

@@ -321,7 +321,7 @@ def denoise_labels(blocks, x, z, steps):
 
     def denoise(z, sigma):
         block = blocks[blocks[0].noise.block_of(sigma).item()]  # the one block that owns the level
-        seen.append(block.denoise(x, z, sigma.float().to(x.device).expand(len(x))))
+        seen.append(block.denoise(x, z, torch.full((len(x),), sigma.item(), device=x.device)))
         return seen[-1]
     euler(denoise, z, steps)
     return seen
@@ -398,7 +398,7 @@ def evaluate(blocks, end_to_end, control, data, sampling):
     for b in range(len(blocks)):
         lo, hi = noise.interval(b)
         share = bound_share(lambda z, sigma: (y - logits(b, z, sigma).softmax(-1) @ table).pow(2).sum(1),
-                            y, noise, b, n=16)
+                            y, noise, b, n=max(2, 7200 // len(x)))
         alone = logits(b, no_hint, math.sqrt(lo * hi))                       # (N, V)
         row = by_block[f"block {b}"] = {"share of the bound, bits": share / math.log(2),
                                         "z = 0, accuracy, %": accuracy(alone, label)["accuracy, %"],

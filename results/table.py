@@ -32,6 +32,10 @@ class Runs:
         values = [tables[title][row].get(column) for tables in self.tables]
         return "" if None in values else spread(values, digits)
 
+    def gap(self, title, row, other, column, digits=3):
+        """Mean and standard deviation of the difference within a seed."""
+        return spread([t[title][row][column] - t[title][other][column] for t in self.tables], digits)
+
     def table(self, title, columns, names=None):
         """All rows of a table, or those in `names` {row: its name}; columns {column: (its head, digits)}."""
         rows = names or {row: row for row in self.tables[0][title]}
@@ -113,7 +117,8 @@ def vit_tables():
               "z = 0, accuracy, %": ("by itself with z = 0, %", 1), "z = 0, bits": ("the same, bits", 3),
               "left out, accuracy, %": ("chain without it, %", 1)}
     levels = {"cross-entropy": ("cross-entropy, bits", 3), "context-free Bayes": ("from z alone (Bayes)", 3)}
-    return {"vit": runs.table("held-out images", columns, names),
+    gap = runs.gap("held-out images", "blocks from z = 0", "baseline", "accuracy, %", 2)
+    return {"vit": runs.table("held-out images", columns, names) + f"\n| from z = 0 − end to end | {gap} | | |",
             "vit chain": runs.table("accuracy along the chain, %", chain),
             "vit blocks": runs.table("each block: its share, by itself, and the chain without it", blocks),
             "vit levels": runs.table("cross-entropy by noise level, owning block, bits per label", levels)}
@@ -125,7 +130,9 @@ def dit_tables():
     drawn = {"Frechet distance, features of our ViT": ("Fréchet distance, features of our ViT", 3),
              "judged to be of its class, %": ("judged to be of its class, %", 1)}
     speed = {"of the baseline's, %": ("one evaluation of 64 images, % of the baseline's time", 0)}
-    return {"dit": runs.table("generated images", drawn),
+    gaps = [runs.gap("generated images", "blocks, guidance 1", "baseline, guidance 1", column, digits)
+            for column, (_, digits) in drawn.items()]
+    return {"dit": runs.table("generated images", drawn) + f"\n| blocks − baseline | {' | '.join(gaps)} |",
             "dit loss": runs.table("denoising loss by block", models),
             "dit speed": runs.table("one evaluation of 64 images", speed)}
 
