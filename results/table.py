@@ -12,7 +12,9 @@ README = HERE.parent / "README.md"
 
 
 def spread(values, digits=3):
-    """Mean and standard deviation over the seeds."""
+    """Mean and standard deviation over the seeds; of one seed, the value."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
@@ -24,8 +26,8 @@ def markdown(head, rows):
 class Runs:
     """The evaluations of a model, one for each seed."""
 
-    def __init__(self, model):
-        paths = sorted((HERE / model).glob("seed*/eval.json"))
+    def __init__(self, model, folders="seed*"):
+        paths = sorted((HERE / model).glob(f"{folders}/eval.json"))
         self.tables = [json.loads(p.read_text())["tables"] for p in paths]
 
     def cell(self, title, row, column, digits=3):
@@ -46,7 +48,7 @@ class Runs:
 
 def tables():
     """{mark: text} for README.md."""
-    return {**main_table(), **gpt_tables(), **vit_tables(), **dit_tables()}
+    return {**main_table(), **gpt_tables(), **vit_tables(), **dit_tables(), **cifar_tables()}
 
 
 def main_table():
@@ -58,13 +60,13 @@ def main_table():
         return spread([statistics.mean(row[name] for row in run[loss].values()) for run in dit.tables])
     return {"main": markdown(
         ["", "measured", "end to end", "control: one block's layers", "**blocks, each trained alone**"], [
-            ["`vit.py`, 8x8 digits, 3 blocks", "accuracy, % (higher is better)",
+            ["`vit.py`, 8x8 digits, 3 blocks", "accuracy, %, higher is better",
              *(vit.cell(images, r, "accuracy, %", 1) for r in ("baseline", "control", "blocks from z = 0"))],
-            ["`dit.py`, 8x8 digits, 3 blocks", "denoising loss", *(weighted(r) for r in
-                                                                  ("baseline", "control", "blocks"))],
-            ["", "Fréchet distance, features of our ViT",
+            ["`dit.py`, 8x8 digits, 3 blocks", "denoising loss, lower is better",
+             *(weighted(r) for r in ("baseline", "control", "blocks"))],
+            ["", "Fréchet distance, features of our ViT, lower is better",
              *(dit.cell(drawn, f"{r}, guidance 1", distance) for r in ("baseline", "control", "blocks"))],
-            ["`gpt.py`, bytes of Python sources, 4 blocks", "bits per byte",
+            ["`gpt.py`, bytes of Python sources, 4 blocks", "bits per byte, lower is better",
              *(gpt.cell(text, r, "bits per byte") for r in ("baseline", "control", "blocks (bound)"))]])}
 
 
@@ -118,7 +120,8 @@ def vit_tables():
               "left out, accuracy, %": ("chain without it, %", 1)}
     levels = {"cross-entropy": ("cross-entropy, bits", 3), "context-free Bayes": ("from z alone (Bayes)", 3)}
     gap = runs.gap("held-out images", "blocks from z = 0", "baseline", "accuracy, %", 2)
-    return {"vit": runs.table("held-out images", columns, names) + f"\n| from z = 0 − end to end | {gap} | | |",
+    gap = f"\n| from z = 0 − end to end | {gap} | | |"
+    return {"vit": runs.table("held-out images", columns, names) + gap,
             "vit chain": runs.table("accuracy along the chain, %", chain),
             "vit blocks": runs.table("each block: its share, by itself, and the chain without it", blocks),
             "vit levels": runs.table("cross-entropy by noise level, owning block, bits per label", levels)}
@@ -135,6 +138,28 @@ def dit_tables():
     return {"dit": runs.table("generated images", drawn) + f"\n| blocks − baseline | {' | '.join(gaps)} |",
             "dit loss": runs.table("denoising loss by block", models),
             "dit speed": runs.table("one evaluation of 64 images", speed)}
+
+
+def cifar_tables():
+    vit, dit = Runs("vit", "cifar100"), Runs("dit", "cifar10")
+    names = {"baseline": "end to end, 6 layers", "control": "control: 2 layers, end to end",
+             "blocks from z = 0": "3 blocks of 2 layers, from z = 0",
+             "blocks from noise": "the same, from noise", "blocks (bound)": "the same, bound",
+             "blocks, cross-entropy at sigma_max": "the same, cross-entropy at sigma_max"}
+    alone = {"z = 0, accuracy, %": ("by itself with z = 0, %", 1), "z = 0, bits": ("the same, bits", 2)}
+    levels = {"cross-entropy": ("cross-entropy, bits", 3), "context-free Bayes": ("from z alone (Bayes)", 3)}
+    scores = json.loads((HERE / "dit" / "cifar10" / "efficientnet.json").read_text())
+    title = "Frechet distance, EfficientNet-lite0 features"
+    fd = [f"{scores[title][name]:.0f}" for name in ("end to end", "control", "blocks")]
+    models = {name: (name, 3) for name in ("baseline", "control", "blocks")}
+    return {
+        "cifar100": vit.table("held-out images", {"accuracy, %": ("accuracy, %", 1),
+                                                  "bits per label": ("bits per label", 2)}, names),
+        "cifar100 blocks": vit.table("each block: its share, by itself, and the chain without it", alone,
+                                     {f"block {b}": f"block {b}" for b in range(3)}),
+        "cifar100 levels": vit.table("cross-entropy by noise level, owning block, bits per label", levels),
+        "cifar10": dit.table("denoising loss by block", models)
+        + f"\n| Fréchet distance, EfficientNet-lite0 features | {' | '.join(fd)} |"}
 
 
 def filled(readme):
