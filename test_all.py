@@ -581,7 +581,7 @@ def test_blocks_that_know_the_label_classify_without_error_and_their_shares_are_
     tables, _ = vit.evaluate(blocks, None, None, Data(), vit.Sampling(n_draws=2))
     summary = tables["held-out images"]
     assert summary["blocks from noise"]["accuracy, %"] < 50
-    for row, off in (("blocks, cross-entropy at sigma_max", .01), ("blocks (bound)", .4)):
+    for row, off in (("blocks, cross-entropy at sigma_max", .05), ("blocks (bound)", .4)):
         assert summary[row]["bits per label"] == pytest.approx(math.log2(10), abs=off)
 
 
