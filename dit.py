@@ -300,8 +300,8 @@ def check_sampling(sampling):
         raise ValueError("n_images must be at least 1, n_eval and euler_steps at least 2")
     if not math.isfinite(sampling.guidance):
         raise ValueError("guidance must be a number; 1 is none")
-    if sampling.fid and importlib.util.find_spec("torch_fidelity") is None:
-        raise ValueError("the standard FID needs a package: pip install torch-fidelity")
+    if sampling.fid and not all(map(importlib.util.find_spec, ("torch_fidelity", "torchvision"))):
+        raise ValueError("the standard FID needs two packages: pip install torch-fidelity torchvision")
 
 
 def control(config):
@@ -493,7 +493,7 @@ def score_images(models, data, sampling, judge):
             if sampling.fid:
                 try:
                     fid = standard_fid(held, images)
-                except Exception as e:  # its weights come over the network, and its dependencies change
-                    fid = f"failed: {type(e).__name__}"
+                except Exception as e:  # its weights come over the network; the other figures are kept
+                    fid = f"failed: {type(e).__name__}: {e}"[:80]
                 row[f"FID, {len(images)} against {len(held)} held out"] = fid
     return rows

@@ -1039,6 +1039,7 @@ def test_bits_per_byte_is_a_ratio_of_sums_with_its_standard_error():
     (["--model=dit", "--block=0", "--ema=1"], "--ema"),
     (["--model=dit", "--eval", "--fid"], "pip install torch-fidelity"),
     (["--model=dit", "--block=0", "--data={tmp}/no.npz"], "no.npz"),
+    (["--model=vit", "--block=0", "--data={short}"], "is a file"),
     (["--block=0", "--tokenizer=gpt9", "--data={short}"], "gpt9"),
     (["--block=0", "--data={short}"], "too few"), (["--block=0", "--data={empty}"], "empty"),
     (["--block=0", "--resume", "--out={tmp}/none"], "does not exist"),
@@ -1047,6 +1048,7 @@ def test_bad_input_gets_one_clear_line(args, says, tmp_path, monkeypatch, capsys
     (tmp_path / "short.txt").write_text("too short\n" * 9)
     (tmp_path / "empty.txt").write_text("")
     monkeypatch.setattr(train, "DATA_DIR", tmp_path / "data")
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as where it is not installed
     names = dict(short=tmp_path / "short.txt", empty=tmp_path / "empty.txt", tmp=tmp_path)
     args = [a.format(**names) for a in args]
     if not any(a.startswith("--out") for a in args):

@@ -153,7 +153,8 @@ def parse(argv):
             raise UserError("give --steps or --epochs, not both")
         args["epochs"] = 0.0  # a preset's epochs do not outvote what was typed
     if len(chosen) != 1 and chosen not in (["end_to_end", "sample"], ["control", "sample"]):
-        raise UserError("say what to do: --block N, --block all, --end-to-end, --control, --eval or --sample")
+        raise UserError("say what to do, one thing: --block N, --block all, --end-to-end, --control, --eval "
+                        "or --sample")
     return args, module, preset
 
 
@@ -518,7 +519,7 @@ def prepare_latents(training, part):
         with np.load(source, allow_pickle=False) as file:
             data = {k: file[k] for k in ("latents", "labels", "val_latents", "val_labels") if k in file.files}
     except Exception as e:  # zipfile's, zlib's, numpy's or the system's
-        raise UserError(f"cannot read {source} ({type(e).__name__}: {e}); it must be an .npz of latents "
+        raise UserError(f"cannot read {source} ({type(e).__name__}); it must be an .npz of latents "
                         f"(N, C, H, W) and labels (N,)") from None
     prefixes = ("", "val_") if "val_latents" in data or "val_labels" in data else ("", "")
     if "latents" in data and data["latents"].ndim == 4 and data["latents"].shape[1] in (1, 3):
@@ -557,7 +558,8 @@ def columns(features, training):
             ("label", training.label_column, integers if training.label_column else classes, "class labels")):
         if not fit or wish and wish not in fit:
             raise UserError(f"{training.data} has no {what} column{f' {wish!r}' if wish else ''}; choose by "
-                            f"--{what}-column one that holds {kind}, of {', '.join(features)}")
+                            f"--{what}-column one that holds {kind}, of {', '.join(features)}; a folder of "
+                            f"images needs two classes or more")
     return training.image_column or images[0], training.label_column or classes[0]
 
 
@@ -566,6 +568,9 @@ def prepare_images(training, part):
     meta.json. Raises UserError."""
     source, split = training.data, training.split
     datasets = import_datasets(source)
+    if Path(source).is_file():
+        raise UserError(f"{source} is a file; give digits, a hub id, a folder in hub form or of images by "
+                        f"class, or an .npz of latents")
     try:
         found = datasets.load_dataset(source)
     except Exception as e:
@@ -629,7 +634,8 @@ def open_image(cell, where, mode=None):
         return image.convert(mode) if mode else image
     except Exception as e:  # decoders raise what they like
         path = f" ({cell['path']})" if cell and cell["path"] else ""
-        raise UserError(f"{where}{path} cannot be read as an image: {(str(e).splitlines() or [''])[0]} "
+        reason = re.sub(" <.*>", "", (str(e).splitlines() or [""])[0])
+        raise UserError(f"{where}{path} cannot be read as an image: {reason} "
                         f"({type(e).__name__}); mend it or remove it") from None
 
 
@@ -922,7 +928,7 @@ def load(path, model):
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["model"], state["part"]
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
+        raise UserError(f"{path} does not exist; to begin anew, drop --resume") from None
     except Exception as e:
         raise UserError(f"{path} is damaged or no checkpoint of this program ({type(e).__name__}); "
                         f"delete it and train again") from None

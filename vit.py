@@ -339,7 +339,7 @@ def sample(nets, sampling, load):
     x, label = data.held_out(sampling.n_images, net.config)
     if isinstance(nets, list):
         steps = levels(nets, sampling)
-        z = sampling.temperature * steps[0].item() * torch.randn(len(x), net.config.n_embd, device=x.device)
+        z = sampling.temperature * steps[0].item() * torch.randn(len(x), net.config.n_embd).to(x.device)
         said = [(d @ net.table.T).argmax(-1) for d in denoise_labels(nets, x, z, steps)]
         heads = [f"sigma {s:.3g}" for s in steps.tolist()]
     else:
