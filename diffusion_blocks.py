@@ -178,6 +178,72 @@ class LogNormal:
         return c_skip, c_out, c_in, c_noise
 
 
+# -----------------------------------------------------------------------------------------------------------
+# Mask noise
+
+@dataclass
+class Masking:
+    """Mask noise: at time t in [0, 1] a token is still visible with probability alpha(t), else a mask.
+
+    The same few methods as LogNormal, with t in the place of sigma: block 0 owns the times near 1, where
+    nearly all is masked. alpha keeps eps away from 0 and 1 (MD4), or the weight would be infinite at t = 0."""
+    n_blocks: int = 1
+    mask_id: int = 0            # the token that stands for a mask; none of the text's own
+    gamma: float = 0.05         # overlap of neighbouring blocks in training, as a part of a block's alpha
+    schedule: str = "linear"    # of alpha: "linear" 1 - t (paper), or "cosine" 1 - cos(pi/2 (1 - t)) (MD4)
+    eps: float = 1e-4           # alpha(0) = 1 - eps and alpha(1) = eps (MD4)
+
+    def __post_init__(self):
+        if self.schedule not in ("linear", "cosine"):
+            raise ValueError(f"unknown schedule {self.schedule!r}; choose linear or cosine")
+        if self.n_blocks < 1 or not (self.gamma >= 0 and 0 < self.eps < 0.5):
+            raise ValueError("need n_blocks of at least 1, gamma >= 0 and 0 < eps < 0.5")
+
+    def hidden(self, t):
+        """1 - alpha(t), the probability that a token is masked at times t (a tensor), of t's shape."""
+        plain = t if self.schedule == "linear" else torch.sin(math.pi / 2 * t)  # = cos(pi/2 (1 - t))
+        return (1 - 2 * self.eps) * plain + self.eps
+
+    def interval(self, block, overlap=False):
+        """(lo, hi) of a block in t, at equal steps of alpha; block 0 ends at 1. Overlap: as in training."""
+        wide = self.gamma if overlap else 0.0
+        alphas = max(0.0, (block - wide) / self.n_blocks), min(1.0, (block + 1 + wide) / self.n_blocks)
+        hi, lo = (1 - a if self.schedule == "linear" else 2 / math.pi * math.asin(1 - a) for a in alphas)
+        return lo, hi
+
+    def block_of(self, t):
+        """The block that owns t (lo < t <= hi; the last owns 0 too): the only router there is.
+
+        A float gives an int, a tensor an int64 tensor of its shape. Raises ValueError outside [0, 1]."""
+        times = torch.as_tensor(t, dtype=torch.float64)
+        if (times < 0).any() or (times > 1).any():
+            raise ValueError("t outside [0, 1], which no block owns")
+        inner = [self.interval(b)[0] for b in range(self.n_blocks - 1)][::-1]
+        block = self.n_blocks - 1 - torch.bucketize(times.cpu(), torch.tensor(inner, dtype=torch.float64))
+        return block if torch.is_tensor(t) else block.item()
+
+    def sample(self, block, n, device="cpu"):
+        """(n,) times for training a block: uniform in its widened interval, one in every n-th of it, all at the
+        same place there (MD4's antithetic draws)."""
+        lo, hi = self.interval(block, overlap=True)
+        u = (torch.rand(1, dtype=torch.float64) + torch.arange(n)) / n
+        return (lo + u * (hi - lo)).float().to(device)
+
+    def steps(self, n, grid="uniform"):
+        """(n + 1,) float64, from 1 down to 0: the sampler's grid, n moves; "cosine": most of them near 1."""
+        t = torch.linspace(1, 0, n + 1, dtype=torch.float64)
+        return t if grid == "uniform" else torch.sin(math.pi / 2 * t)
+
+    def corrupt(self, y, t):
+        """Token ids y (B, ...) with masks in the place of some, t (B,)."""
+        return y.masked_fill(torch.rand(y.shape, device=y.device) < expand(self.hidden(t), y), self.mask_id)
+
+    def weight(self, t):
+        """-alpha'(t) / (1 - alpha(t)), of t's shape, for a sum of cross-entropies over the masked tokens."""
+        rate = torch.ones_like(t) if self.schedule == "linear" else math.pi / 2 * torch.cos(math.pi / 2 * t)
+        return (1 - 2 * self.eps) * rate / self.hidden(t)
+
+
 def expand(level, like):
     """(B,) -> (B, 1, ..., 1) with as many dimensions as `like`."""
     return level.view(-1, *[1] * (like.dim() - 1))
@@ -278,6 +344,30 @@ def bound_share(squared_error, y, noise, block, n=4):
         assert err.shape == sigma.shape
         total += (err / sigma ** 2).mean().item()         # sigma^-3 d sigma = sigma^-2 d ln sigma
     return total / n * width
+
+
+def masked_share(cross_entropy, y, noise, block, n=4):
+    """A block's share of the bound on -log p(y) of masked diffusion: the integral over its interval of t of
+    the weight times the cross-entropy summed over the masked tokens, nats.
+
+    y (B, ...) token ids; cross_entropy(z, t) -> (B,). An unbiased estimate of the mean over the batch, as a
+    float, from n times for each element, stratified as in `bound_share`. The shares of all blocks and
+    `masked_ends` add up to the bound; exact conditional distributions attain it."""
+    lo, hi = noise.interval(block)  # not widened: intervals must tile [0, 1] once
+    total = 0.0
+    for k in range(n):
+        u = (torch.randperm(len(y)) + torch.rand(len(y), dtype=torch.float64)) / len(y)
+        t = (lo + (k + u) / n * (hi - lo)).float().to(y.device)              # (B,)
+        err = cross_entropy(noise.corrupt(y, t), t)                          # (B,)
+        assert err.shape == t.shape
+        total += (noise.weight(t) * err).mean().item()
+    return total / n * (hi - lo)
+
+
+def masked_ends(n_token, vocab_size, noise):
+    """(reconstruction, prior) in nats for n_token tokens: what is still masked at t = 0 and what is visible
+    at t = 1 already is guessed among all words. Next to nothing; MD4 counts the first."""
+    return (n_token * noise.eps * math.log(vocab_size),) * 2
 
 
 def bound_ends(cross_entropy, y, noise):

@@ -26,8 +26,8 @@ import dit
 import gpt
 import train
 import vit
-from diffusion_blocks import (LogNormal, bayes_logits, bound_ends, bound_share, edm_logits, euler, heun,
-                              score_loss, split_layers, target_table)
+from diffusion_blocks import (LogNormal, Masking, bayes_logits, bound_ends, bound_share, edm_logits, euler,
+                              heun, masked_ends, masked_share, score_loss, split_layers, target_table)
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared" / "data"  # real datasets, where they are at hand; never needed
@@ -290,6 +290,114 @@ def test_the_shares_of_the_bound_do_not_depend_on_where_it_is_cut():
     four = bound_of(log_p, log_p, 32, LogNormal(4))
     assert one[0] == pytest.approx(four[0], abs=4 * (one[1] ** 2 + four[1] ** 2) ** .5)
     assert four[2][3] < .01 < four[2][0]                           # the lowest block is a dictionary look-up
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Mask noise
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("n_blocks", [1, 2, 3, 5])
+def test_masking_gives_every_block_an_equal_step_of_alpha_and_each_time_to_its_owner(schedule, n_blocks):
+    noise = Masking(n_blocks, schedule=schedule)
+
+    def alpha(t):
+        return 1 - noise.hidden(torch.tensor(t, dtype=torch.float64))
+    assert noise.interval(0)[1] == 1 and noise.interval(n_blocks - 1)[0] == 0
+    for b in range(n_blocks):
+        lo, hi = noise.interval(b)
+        step = (alpha(lo) - alpha(hi)).item()
+        assert step == pytest.approx((1 - 2e-4) / n_blocks, abs=1e-9)      # equal steps of alpha
+        assert noise.block_of(hi) == b and noise.block_of((lo + hi) / 2) == b
+        ends = torch.tensor([lo, hi], dtype=torch.float64)
+        assert noise.block_of(ends).tolist() == [min(b + 1, n_blocks - 1), b]
+        wide_lo, wide_hi = noise.interval(b, overlap=True)
+        for inner, outer, end in ((lo, wide_lo, 0), (hi, wide_hi, 1)):
+            wider = abs(alpha(outer) - alpha(inner)).item()
+            assert wider == pytest.approx(0 if inner == end else .05 * step, abs=1e-9)
+        t = noise.sample(b, 64).double()
+        assert wide_lo - 1e-6 <= t.min() and t.max() <= wide_hi + 1e-6
+        # antithetic: sorted draws are equally far apart
+        assert (t.sort().values.diff() * 64 - (wide_hi - wide_lo)).abs().max() < 1e-4
+    with pytest.raises(ValueError):
+        noise.block_of(1.01)
+    for grid in ("uniform", "cosine"):
+        times = noise.steps(8, grid)
+        assert len(times) == 9 and times[0] == 1 and times[-1] == 0 and (times.diff() < 0).all()
+    assert times[1] > 1 - 1 / 8 > times[-2]                                # cosine: dense near 1
+
+
+@pytest.mark.parametrize("wrong", [dict(schedule="square"), dict(n_blocks=0), dict(eps=0), dict(gamma=-1)])
+def test_impossible_masking_is_refused(wrong):
+    with pytest.raises(ValueError):
+        Masking(**wrong)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_masks_have_their_probability_and_the_weight_is_that_of_the_schedule(schedule):
+    noise, y = Masking(mask_id=9, schedule=schedule), torch.randint(9, (4, 100_000))
+    t = torch.tensor([0.0, .3, .8, 1.0])
+    z = noise.corrupt(y, t)
+    plain = 1 - t if schedule == "linear" else 1 - torch.cos(math.pi / 2 * (1 - t))
+    assert torch.allclose((z == 9).float().mean(1), 1 - plain, atol=.006)
+    assert (z[z != 9] == y[z != 9]).all()                                  # what is not masked is untouched
+    # against a numerical derivative of -log of the masked part, which is the weight's integral
+    s, h = torch.tensor([.0, .05, .3, .8], dtype=torch.float64), 1e-7
+    rate = (noise.hidden(s + h).log() - noise.hidden(s).log()) / h
+    assert torch.allclose(noise.weight(s), rate, rtol=2e-3)
+
+
+def conditionals(log_p):
+    """For a joint distribution (V,) * T over sequences: cross_entropy(z, target) (B,) of the exact
+    p(token | visible tokens), summed over the masked tokens, V being the mask."""
+    v, n = log_p.shape[0], log_p.dim()
+    every = torch.cartesian_prod(*[torch.arange(v)] * n)                   # (V^T, T)
+    p = log_p.exp().flatten()                                              # (V^T,)
+
+    def cross_entropy(z, target):
+        fits = ((z[:, None] == every) | (z[:, None] == v)).all(-1)         # (B, V^T)
+        joint = fits * p                                                   # (B, V^T)
+        same = every[None] == target[:, None]                              # (B, V^T, T)
+        q = (joint[..., None] * same).sum(1) / joint.sum(1, keepdim=True)  # (B, T)
+        return -(q.log() * (z == v)).sum(1)
+    return every, p, cross_entropy
+
+
+def masked_bound(noise, log_p, runs=20, batch=2048):
+    """Mean of the masked bound, its standard error and its shares, for the exact conditionals of log_p."""
+    every, p, exact = conditionals(log_p)
+    totals = []
+    for _ in range(runs):
+        y = every[torch.multinomial(p, batch, replacement=True)]
+        shares = [masked_share(lambda z, t: exact(z, y), y, noise, b) for b in range(noise.n_blocks)]
+        totals.append(shares + list(masked_ends(y.shape[1], log_p.shape[0], noise)))
+    totals = torch.tensor(totals)
+    return totals.sum(1).mean().item(), totals.sum(1).std().item() / runs ** .5, totals.mean(0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_masked_bound_of_exact_conditionals_is_the_entropy_wherever_it_is_cut(schedule):
+    log_p = (2 * torch.randn(27)).log_softmax(0).view(3, 3, 3)             # tokens depend on one another
+    entropy = -(log_p.exp() * log_p).sum().item()
+    for n_blocks in (1, 3):
+        bound, error, shares = masked_bound(Masking(n_blocks, mask_id=3, schedule=schedule), log_p)
+        assert error < .03
+        assert bound == pytest.approx(entropy, abs=4 * error + .001)       # the ends: 6e-4 ln 3
+        assert len(shares) == n_blocks + 2 and (shares[:n_blocks] > .05).all()
+
+
+def test_the_score_loss_of_masking_is_its_share_in_expectation():
+    """One loss serves both kinds of noise: without overlap, a share is its interval's length times the loss.
+    """
+    log_p = (2 * torch.randn(27)).log_softmax(0).view(3, 3, 3)
+    every, p, exact = conditionals(log_p)
+    noise, losses = Masking(3, mask_id=3, gamma=0.0), []
+    _, _, shares = masked_bound(noise, log_p)
+    for b in range(3):
+        for _ in range(20):
+            y = every[torch.multinomial(p, 2048, replacement=True)]
+            losses.append(score_loss(lambda z, t: exact(z, y), y, noise, b).item() / 3)
+    means = torch.tensor(losses).view(3, 20).mean(1)
+    assert torch.allclose(means, shares[:3].float(), atol=.03)
 
 
 # -----------------------------------------------------------------------------------------------------------
