@@ -186,7 +186,7 @@ class Masking:
     """Mask noise: at time t in [0, 1] a token is still visible with probability alpha(t), else a mask.
 
     The same few methods as LogNormal, with t in the place of sigma: block 0 owns the times near 1, where
-    nearly all is masked. alpha keeps eps away from 0 and 1 (MD4), or the weight would be infinite at t = 0."""
+    nearly all is masked. alpha keeps eps away from 0 and 1 (MD4), or the weight would have no bound at 0."""
     n_blocks: int = 1
     mask_id: int = 0            # the token that stands for a mask; none of the text's own
     gamma: float = 0.05         # overlap of neighbouring blocks in training, as a part of a block's alpha
@@ -223,8 +223,8 @@ class Masking:
         return block if torch.is_tensor(t) else block.item()
 
     def sample(self, block, n, device="cpu"):
-        """(n,) times for training a block: uniform in its widened interval, one in every n-th of it, all at the
-        same place there (MD4's antithetic draws)."""
+        """(n,) times for training a block: uniform in its widened interval, one in every n-th of it, all at
+        the same place there (MD4's antithetic draws)."""
         lo, hi = self.interval(block, overlap=True)
         u = (torch.rand(1, dtype=torch.float64) + torch.arange(n)) / n
         return (lo + u * (hi - lo)).float().to(device)
