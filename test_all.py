@@ -24,6 +24,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 import dit
 import gpt
+import mdm
 import train
 import vit
 from diffusion_blocks import (LogNormal, Masking, bayes_logits, bound_ends, bound_share, edm_logits, euler,
@@ -980,6 +981,142 @@ def test_code_of_the_same_name_is_the_same_code():
 
 
 # -----------------------------------------------------------------------------------------------------------
+# mdm.py
+
+def masked_config(**changes):
+    return mdm.Config(**{**TINY, "vocab_size": 12, **changes})
+
+
+def test_a_masked_place_is_guessed_from_both_sides_and_from_the_time():
+    net = shaken(mdm.Block(masked_config(), 0))
+    z, t = torch.randint(12, (1, 16)), torch.tensor([.8])
+    z[0, 7] = net.noise.mask_id
+    logits = net(z, t)
+    assert logits.shape == (1, 16, 12)                                     # the mask itself is no answer
+    for place in (0, 6, 8, 15):
+        other = z.clone()
+        other[0, place] = (z[0, place] + 1) % 12
+        assert not torch.allclose(net(other, t)[0, 7], logits[0, 7])
+    assert not torch.allclose(net(z, t / 2)[0, 7], logits[0, 7])
+
+
+def test_only_masked_places_are_scored():
+    net, y = shaken(mdm.Block(masked_config(), 1)), torch.randint(12, (2, 16))
+    z, t = y.clone(), torch.tensor([.2, .4])
+    assert (net.masked_nats(z, t, y) == 0).all()
+    z[0, 3] = z[0, 9] = net.noise.mask_id
+    nats = -net(z, t).log_softmax(-1)[0].gather(1, y[0, :, None])[:, 0]
+    assert torch.allclose(net.masked_nats(z, t, y), torch.stack([nats[3] + nats[9], torch.tensor(0.0)]))
+
+
+@pytest.mark.parametrize("make, left", [(lambda c: mdm.Block(c, 0), .6), (lambda c: mdm.Block(c, 1), .1),
+                                        (mdm.EndToEnd, .2)])
+def test_one_batch_of_masked_text_is_overfitted(make, left):
+    # positions are relative: where next to all is masked, nothing tells where the row begins
+    net, batch = make(masked_config(eps=.05)), (torch.arange(17) % 12).expand(8, -1)
+    optimizer, losses = torch.optim.AdamW(net.parameters(), lr=3e-3), []
+    for _ in range(200):
+        optimizer.zero_grad()
+        losses.append(net.loss(batch))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[0].item() == pytest.approx(math.log(12), rel=.35)        # a fresh head knows nothing
+    assert sum(losses[-10:]).item() / 10 < left * losses[0].item()
+
+
+class Windows:
+    """Held-out windows of random tokens, of one byte each."""
+    token_bytes = torch.ones(12, dtype=torch.long)
+
+    def held_out(self, n, config):
+        return torch.randint(12, (512, config.seq_len + 1), generator=torch.Generator().manual_seed(0))
+
+
+def test_shares_of_blocks_that_are_copies_add_up_to_the_one_networks_bound():
+    one = mdm.EndToEnd(masked_config(n_layer=2))
+    torch.nn.init.normal_(one.head.weight, std=.3)                         # wrong guesses, to make it a test
+    blocks = [mdm.Block(masked_config(n_layer=6, n_blocks=3), b) for b in range(3)]
+    for block in blocks:
+        block.load_state_dict(one.state_dict())
+    tables, _ = mdm.evaluate(blocks, one, None, Windows(), mdm.Sampling())
+    summary = tables["bits per byte on held-out text (bound)"]
+    gap = summary["blocks - baseline"]
+    assert abs(gap["bits per byte"]) < 4 * gap["+-"] < .4
+    assert summary["baseline"]["bits per byte"] > math.log2(12)
+    by_interval = tables["the bound by interval, bits per byte"].values()
+    assert summary["blocks"]["bits per byte"] == pytest.approx(sum(row["blocks"] for row in by_interval))
+
+
+@pytest.mark.parametrize("schedule, grid", [("linear", "uniform"), ("cosine", "cosine")])
+def test_each_move_runs_its_owner_and_what_is_given_stays(schedule, grid, monkeypatch):
+    c, calls, real = masked_config(schedule=schedule), [], mdm.Block.forward
+    nets = [shaken(mdm.Block(c, b)) for b in range(2)]
+
+    def forward(self, z, t):
+        calls.append((self.b, t[0].item()))
+        return real(self, z, t)
+    monkeypatch.setattr(mdm.Block, "forward", forward)
+    z = torch.randint(12, (3, 16))
+    z[:, 4:12] = 12
+    for temperature in (0.0, 1.0):
+        out = mdm.fill(nets, z, mdm.Sampling(n_moves=8, grid=grid, temperature=temperature))
+        assert (out < 12).all() and torch.equal(out[:, :4], z[:, :4]) and torch.equal(out[:, 12:], z[:, 12:])
+    assert len(calls) == 16 and {b for b, _ in calls} == {0, 1}
+    assert all(nets[0].noise.block_of(t) == b for b, t in calls)
+
+
+def test_ancestral_sampling_with_exact_conditionals_draws_from_the_joint_distribution(monkeypatch):
+    log_p = (2 * torch.randn(9)).log_softmax(0).view(3, 3)                 # the tokens are not independent
+    nets = [mdm.Block(masked_config(vocab_size=3), b) for b in range(2)]
+
+    def forward(self, z, t):
+        p = log_p.exp()
+        first = torch.where(z[:, 1:] == 3, p.sum(1), p.T[z[:, 1].clamp(max=2)])       # (B, 3), of token 0
+        second = torch.where(z[:, :1] == 3, p.sum(0), p[z[:, 0].clamp(max=2)])        # (B, 3), of token 1
+        return torch.stack([first, second], 1).log()
+    monkeypatch.setattr(mdm.Block, "forward", forward)
+    out = mdm.fill(nets, torch.full((8000, 2), 3), mdm.Sampling(n_moves=64))
+    share = torch.bincount(3 * out[:, 0] + out[:, 1], minlength=9) / 8000
+    assert torch.allclose(share, log_p.exp().flatten(), atol=.02)
+
+
+def test_masked_presets_can_be_built_and_text8_has_the_papers_size():
+    for name, preset in mdm.PRESETS.items():
+        assert set(preset) <= {f.name for cls in (mdm.Config, train.TextTraining) for f in fields(cls)}
+        c = replace(train.settle(mdm.Config, preset), vocab_size=256)
+        mdm.check(c)
+        with torch.device("meta"):
+            whole = sum(p.numel() for p in mdm.EndToEnd(c).parameters())
+            one = sum(p.numel() for p in mdm.Block(c, 0).parameters())
+    # the last, text8: a block is a third of the layers and has an embedding and a head of its own
+    assert 85e6 < whole < 110e6 and 1 / 3 < one / whole < .35
+
+
+def test_gaps_in_a_prompt_are_masks_and_can_be_escaped():
+    tokenizer = train.Tokenizer("bytes")
+    z = mdm.with_gaps("ab<gap:3>c\\<gap:2>", tokenizer, 256, 16)[0].tolist()
+    assert z == [*b"ab", 256, 256, 256, *b"c<gap:2>"]
+    for prompt, says in (("text", "no gap to fill"), ("<gap:17>", "more than the 16"), ("<gap:0>", "no gap")):
+        with pytest.raises(ValueError, match=says):
+            mdm.with_gaps(prompt, tokenizer, 256, 16)
+
+
+def test_masked_blocks_are_trained_assembled_scored_and_fill_gaps(data_dir, text_file, tmp_path, capsys):
+    flags = ["--model=mdm", *FLAGS, f"--data={text_file}", f"--out={tmp_path}", "--log-every=1000"]
+    for part in ("--block=all", "--end-to-end", "--control"):
+        train.run([*flags, part, "--steps=300"])
+    train.run([*flags[:1], "--eval", f"--out={tmp_path}"])
+    tables = json.loads((tmp_path / "mdm/eval.json").read_text())["tables"]
+    for row in ("baseline", "control", "blocks"):                          # a uniform guess is 8
+        assert tables["bits per byte on held-out text (bound)"][row]["bits per byte"] < 5
+    capsys.readouterr()
+    for more in ([], ["--end-to-end"]):
+        train.run(["--model=mdm", "--sample", f"--out={tmp_path}", "--prompt", "ab<gap:3>yz", *more])
+        out = capsys.readouterr().out
+        assert out.startswith("ab") and out.rstrip("\n").endswith("yz")
+
+
+# -----------------------------------------------------------------------------------------------------------
 # train.py: one block alone, resumed, assembled
 
 def cli(*args):
@@ -1148,6 +1285,9 @@ def test_bits_per_byte_is_a_ratio_of_sums_with_its_standard_error():
     (["--model=dit", "--eval", "--fid"], "pip install torch-fidelity"),
     (["--model=dit", "--block=0", "--data={tmp}/no.npz"], "no.npz"),
     (["--model=vit", "--block=0", "--data={short}"], "is a file"),
+    (["--model=mdm", "--block=0", "--schedule=square"], "linear or cosine"),
+    (["--model=mdm", "--sample", "--grid=log"], "uniform or cosine"),
+    (["--model=mdm", "--block=0", "--n-head=5"], "n_head"), (["--model=mdm", "--block=0", "--eps=0"], "eps"),
     (["--block=0", "--tokenizer=gpt9", "--data={short}"], "gpt9"),
     (["--block=0", "--data={short}"], "too few"), (["--block=0", "--data={empty}"], "empty"),
     (["--block=0", "--resume", "--out={tmp}/none"], "does not exist"),
@@ -1724,7 +1864,7 @@ def test_every_number_in_the_readmes_tables_comes_from_a_log():
 
 def test_the_readme_counts_the_lines_of_every_file():
     rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", (HERE / "README.md").read_text(), re.M)
-    assert len(rows) == 6
+    assert len(rows) == 7
     for name, count in rows:
         assert len((HERE / name).read_text().splitlines()) == pytest.approx(int(count), rel=.05), name
 

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-MODELS = ("gpt", "vit", "dit")
+MODELS = ("gpt", "vit", "dit", "mdm")
 
 
 @dataclass
