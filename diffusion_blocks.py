@@ -8,7 +8,7 @@ with the EDM conventions of Karras et al., arXiv 2206.00364. Everything here is 
 
 with y the target (an image, or the fixed embedding of a label or token), x the condition, and z the only
 thing that blocks exchange. Block 0 owns the highest noise, holds the first layers and runs first at
-inference. """
+inference. Masked diffusion is the same method with masks in the place of Gaussian noise: `Masking`. """
 import functools
 import math
 from dataclasses import dataclass
@@ -36,6 +36,19 @@ def split_layers(n_layer, n_blocks, split=""):
         sizes = [n_layer // n_blocks] * n_blocks
     ends = [sum(sizes[:i + 1]) for i in range(n_blocks)]
     return [range(end - size, end) for size, end in zip(sizes, ends)]
+
+
+def route(level, edges):
+    """The block that owns a noise level (lo < level <= hi; the last owns the lowest end too), from all blocks'
+    ascending ends: the only router there is.
+
+    A float gives an int, a tensor an int64 tensor of its shape. Raises ValueError outside the range."""
+    levels = torch.as_tensor(level, dtype=torch.float64)
+    if (levels < edges[0]).any() or (levels > edges[-1]).any():
+        raise ValueError(f"level outside [{edges[0]}, {edges[-1]}], which no block owns")
+    inner = torch.tensor(edges[1:-1], dtype=torch.float64)
+    block = len(edges) - 2 - torch.bucketize(levels.cpu(), inner)  # ends ascend, blocks descend
+    return block if torch.is_tensor(level) else block.item()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -114,7 +127,7 @@ class LogNormal:
 
     def interval(self, block, overlap=False):
         """(lo, hi) of a block as floats; block 0 is the highest. With overlap: as widened for training."""
-        i = self.n_blocks - 1 - block  # edges ascend, blocks descend: this line and block_of alone know it
+        i = self.n_blocks - 1 - block  # edges ascend, blocks descend: this line and route alone know it
         lo, hi = self._edges[i], self._edges[i + 1]
         if overlap:
             a = (hi / lo) ** self.gamma
@@ -122,16 +135,8 @@ class LogNormal:
         return lo, hi
 
     def block_of(self, sigma):
-        """The block that owns sigma (lo < sigma <= hi; the last owns sigma_min too): the only router there
-        is.
-
-        A float gives an int, a tensor an int64 tensor of its shape. Raises ValueError outside the range."""
-        s = torch.as_tensor(sigma, dtype=torch.float64)
-        if (s < self.sigma_min).any() or (s > self.sigma_max).any():
-            raise ValueError(f"sigma outside [{self.sigma_min}, {self.sigma_max}], which no block owns")
-        inner = torch.tensor(self._edges[1:-1], dtype=torch.float64)
-        block = self.n_blocks - 1 - torch.bucketize(s.cpu(), inner)
-        return block if torch.is_tensor(sigma) else block.item()
+        """The block that owns sigma: see `route`."""
+        return route(sigma, self._edges)
 
     def sample(self, block, n, device="cpu"):
         """(n,) levels for training a block: the log-normal within its widened interval, one draw per n-th of
@@ -151,7 +156,7 @@ class LogNormal:
     def edm_steps(self, n, rho=7.0):
         """(n,) float64, from sigma_max to sigma_min at equal steps of sigma^(1/rho): the grid for `heun`.
 
-        On `steps` the first move divides sigma by 20 or so, which a mean of two slopes does not survive."""
+        On `steps` the first move divides sigma by 20 or more, which a mean of two slopes does not survive."""
         lo, hi = self.sigma_min ** (1 / rho), self.sigma_max ** (1 / rho)
         sigma = torch.linspace(hi, lo, n, dtype=torch.float64) ** rho        # EDM table 1
         sigma[0], sigma[-1] = self.sigma_max, self.sigma_min
@@ -212,15 +217,8 @@ class Masking:
         return lo, hi
 
     def block_of(self, t):
-        """The block that owns t (lo < t <= hi; the last owns 0 too): the only router there is.
-
-        A float gives an int, a tensor an int64 tensor of its shape. Raises ValueError outside [0, 1]."""
-        times = torch.as_tensor(t, dtype=torch.float64)
-        if (times < 0).any() or (times > 1).any():
-            raise ValueError("t outside [0, 1], which no block owns")
-        inner = [self.interval(b)[0] for b in range(self.n_blocks - 1)][::-1]
-        block = self.n_blocks - 1 - torch.bucketize(times.cpu(), torch.tensor(inner, dtype=torch.float64))
-        return block if torch.is_tensor(t) else block.item()
+        """The block that owns t: see `route`."""
+        return route(t, [self.interval(b)[0] for b in range(self.n_blocks)][::-1] + [1.0])
 
     def sample(self, block, n, device="cpu"):
         """(n,) times for training a block: uniform in its widened interval, one in every n-th of it, all at
@@ -326,6 +324,11 @@ def heun(denoise, z, steps):
     return denoise(z, steps[-1])
 
 
+def strata(size, k, n):
+    """(size,) float64 in the k-th n-th of [0, 1]: one draw in every size-th of that, in random order."""
+    return (k + (torch.randperm(size) + torch.rand(size, dtype=torch.float64)) / size) / n
+
+
 def bound_share(squared_error, y, noise, block, n=4):
     """A block's share of the bound on -log p(y | x): the integral of sigma^-3 E|y - D|^2 over its interval,
     nats.
@@ -338,8 +341,7 @@ def bound_share(squared_error, y, noise, block, n=4):
     lo, hi = noise.interval(block)  # not widened: intervals must tile the range once
     width, total = math.log(hi / lo), 0.0
     for k in range(n):
-        u = (torch.randperm(len(y)) + torch.rand(len(y), dtype=torch.float64)) / len(y)
-        sigma = (lo * ((k + u) / n * width).exp()).float().to(y.device)  # (B,)
+        sigma = (lo * (strata(len(y), k, n) * width).exp()).float().to(y.device)  # (B,)
         err = squared_error(noise.corrupt(y, sigma), sigma)              # (B,)
         assert err.shape == sigma.shape
         total += (err / sigma ** 2).mean().item()         # sigma^-3 d sigma = sigma^-2 d ln sigma
@@ -356,8 +358,7 @@ def masked_share(cross_entropy, y, noise, block, n=4):
     lo, hi = noise.interval(block)  # not widened: intervals must tile [0, 1] once
     total = 0.0
     for k in range(n):
-        u = (torch.randperm(len(y)) + torch.rand(len(y), dtype=torch.float64)) / len(y)
-        t = (lo + (k + u) / n * (hi - lo)).float().to(y.device)              # (B,)
+        t = (lo + strata(len(y), k, n) * (hi - lo)).float().to(y.device)     # (B,)
         err = cross_entropy(noise.corrupt(y, t), t)                          # (B,)
         assert err.shape == t.shape
         total += (noise.weight(t) * err).mean().item()

@@ -50,7 +50,7 @@ PRESETS = {
 
 @dataclass
 class Sampling:
-    prompt: tuple = ("<gap:256>",)  # texts; <gap:8> is filled with eight tokens, \\<gap:8> stands for itself
+    prompt: tuple = ("<gap:256>",)  # texts; <gap:8> is filled with eight tokens, \<gap:8> stands for itself
     n_moves: int = 64               # moves from t = 1 to t = 0
     grid: str = "uniform"           # of t: uniform or cosine (MD4), which reveals fewer tokens at first
     temperature: float = 1.0        # of the softmax over tokens; 0: the most probable
@@ -259,7 +259,8 @@ def fill(nets, z, sampling):
     steps = noise.steps(sampling.n_moves, sampling.grid)
     for t, s in zip(steps[:-1], steps[1:]):
         masked = z == noise.mask_id                                          # (B, T)
-        logits = blocks[noise.block_of(t).item()](z, t.float().to(z.device).expand(len(z)))  # (B, T, V)
+        time = torch.full((len(z),), t.item(), device=z.device)              # (B,)
+        logits = blocks[noise.block_of(t).item()](z, time)                   # (B, T, V)
         if sampling.temperature == 0:
             token = logits.argmax(-1)                                        # (B, T)
         else:

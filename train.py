@@ -8,7 +8,8 @@
     python train.py --model gpt --sample        generate from the blocks (or --end-to-end: the baseline)
 
 This file holds flags, data, one training loop and checkpoints; it knows nothing of noise levels. A model file
-offers Config, PRESETS, Sampling, DATA, check, check_sampling, Block, EndToEnd, control, evaluate, sample. """
+offers Config, PRESETS, Sampling, DATA, check, check_sampling, Block, EndToEnd, control, evaluate, sample, and
+JUDGE if it is scored by another model's baseline. """
 import argparse
 import contextlib
 import copy
@@ -1021,7 +1022,7 @@ def update_average(average, net, decay, step):
     """Move a running mean of the weights towards net's; step counts this block's own updates, from 1.
 
     The decay is at most (1 + step) / (10 + step), a mean over the last ninth or so: in a run of less than
-    10 / (1 - decay) updates the first weights would weigh too much."""
+    9 / (1 - decay) updates the first weights would weigh too much."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
 

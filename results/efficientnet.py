@@ -9,7 +9,6 @@ ImageNet's usual mean and standard deviation."""
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -51,7 +50,7 @@ rows = {"training images": dit.frechet_distance(features(data.fixed("train", own
 for name, net in nets.items():
     torch.manual_seed(own.seed)
     images = dit.generate_images(net, torch.arange(own.n) % config.n_class,
-                                 replace(dit.Sampling(), guidance=own.guidance))
+                                 dit.Sampling(guidance=own.guidance))
     rows[name] = dit.frechet_distance(features(images), real)
 print(json.dumps({"Frechet distance, EfficientNet-lite0 features": rows, "n": own.n, "seed": own.seed,
                   "guidance": own.guidance}))
