@@ -39,8 +39,8 @@ def split_layers(n_layer, n_blocks, split=""):
 
 
 def route(level, edges):
-    """The block that owns a noise level (lo < level <= hi; the last owns the lowest end too), from all blocks'
-    ascending ends: the only router there is.
+    """The block that owns a noise level (lo < level <= hi; the last owns the lowest end too), from all
+    blocks' ascending ends: the only router there is.
 
     A float gives an int, a tensor an int64 tensor of its shape. Raises ValueError outside the range."""
     levels = torch.as_tensor(level, dtype=torch.float64)
