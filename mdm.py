@@ -40,7 +40,7 @@ class Config:
 
 
 PRESETS = {
-    "default": dict(steps=1500, batch_size=16, lr=3e-3, warmup=100, weight_decay=0.03, beta2=0.99, ema=0.999),
+    "default": dict(steps=1200, batch_size=16, lr=3e-3, warmup=100, weight_decay=0.03, beta2=0.99, ema=0.999),
     # the paper's; EMA is MD4's; characters of text8 are bytes
     "text8": dict(data="afmck/text8", n_layer=12, n_blocks=3, n_head=12, n_embd=768, n_cond=128, seq_len=256,
                   batch_size=256, epochs=100.0, lr=3e-4, warmup=2000, weight_decay=0.03, beta2=0.999,
