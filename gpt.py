@@ -71,11 +71,14 @@ class Sampling:
 # -----------------------------------------------------------------------------------------------------------
 # The transformer layer
 
+ROPE_BASE = 10_000.0  # Llama
+
+
 def rotate(x, start=0):
     """Rotary positions start, start + 1, ... for x (B, H, T, D): pairs of channels turn at geometric
     frequencies."""
     half = x.shape[-1] // 2
-    freq = 10000.0 ** (-torch.arange(half, device=x.device) / half)                     # (D/2,)
+    freq = ROPE_BASE ** (-torch.arange(half, device=x.device) / half)                     # (D/2,)
     angle = torch.arange(start, start + x.shape[-2], device=x.device)[:, None] * freq   # (T, D/2)
     a, b = x.float().chunk(2, dim=-1)                                                   # (B, H, T, D/2) each
     cos, sin = angle.cos(), angle.sin()
@@ -347,15 +350,13 @@ def window_start(i, seq_len):
 
 
 @torch.no_grad()
-def generate(nets, prompts, n_tokens, temperature=1.0, top_k=0, euler_steps=0, use_cache=True):
+def generate(nets, prompts, n_tokens, use_cache=True, **how):
     """Continue prompts (lists of token ids, none empty) by n_tokens beyond the longest; returns (N, length)
     token ids.
 
-    nets: the list of blocks, or one EndToEnd. Rows with shorter prompts begin earlier. With the cache a token
-    costs one pass of the clean stream through every block and one slot for each noise level; the past is not
-    computed again."""
-    blocks = nets if isinstance(nets, list) else None
-    net = blocks[0] if blocks else nets
+    nets: the list of blocks, or one EndToEnd; how: see `next_token`. Rows with shorter prompts begin
+    earlier."""
+    net = nets[0] if isinstance(nets, list) else nets
     seq_len, device = net.config.seq_len, net.embed.weight.device
     first, last = min(map(len, prompts)), max(map(len, prompts)) + n_tokens
     tokens = torch.zeros(len(prompts), last, dtype=torch.long, device=device)
@@ -363,19 +364,27 @@ def generate(nets, prompts, n_tokens, temperature=1.0, top_k=0, euler_steps=0, u
     for row, prompt in enumerate(prompts):
         tokens[row, :len(prompt)] = torch.as_tensor(list(prompt), device=device)
         given[row, :len(prompt)] = True
-    start, caches = None, None
+    start, cache = None, None
     for i in range(first, last):
         if start != window_start(i, seq_len) or not use_cache:
-            start, caches = window_start(i, seq_len), [None] * len(blocks or [net])
-        new = tokens[:, i - 1:i] if caches[0] else tokens[:, start:i]
-        if blocks:
-            caches = [block.context(new, cache) for block, cache in zip(blocks, caches)]
-            token = denoise_token(blocks, new[:, -1:], caches, temperature, euler_steps)[:, 0]
-        else:
-            logits, caches[0] = net(new, caches[0])
-            token = choose(logits[:, -1], temperature, top_k)
+            start, cache = window_start(i, seq_len), None
+        token, cache = next_token(nets, tokens[:, start:i], cache, **how)
         tokens[:, i] = torch.where(given[:, i], tokens[:, i], token)
     return tokens
+
+
+def next_token(nets, tokens, cache, temperature=1.0, top_k=0, euler_steps=0):
+    """A token (N,) after tokens (N, T), and the cache, which holds all of them; the one given holds all but
+    the last, or is None.
+
+    With a cache a token costs one pass of the clean stream through every block and one slot for each noise
+    level; the past is not computed again."""
+    new = tokens[:, -1:] if cache else tokens
+    if isinstance(nets, list):
+        cache = [block.context(new, past) for block, past in zip(nets, cache or [None] * len(nets))]
+        return denoise_token(nets, new[:, -1:], cache, temperature, euler_steps)[:, 0], cache
+    logits, cache = nets(new, cache)
+    return choose(logits[:, -1], temperature, top_k), cache
 
 
 def denoise_token(blocks, x, contexts, temperature, euler_steps):
@@ -407,8 +416,8 @@ def sample(nets, sampling, tokenizer):
     prompts = [tokenizer.encode(p).tolist() for p in sampling.prompt]
     if not all(prompts):
         raise ValueError("a prompt is empty; give at least one character")
-    rows = generate(nets, prompts, sampling.n_tokens, sampling.temperature, sampling.top_k,
-                    sampling.euler_steps)
+    rows = generate(nets, prompts, sampling.n_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
+                    euler_steps=sampling.euler_steps)
     return "\n---\n".join(tokenizer.decode(row.tolist()) for row in rows)
 
 
@@ -512,6 +521,19 @@ def context_free(prior, table, sigma, windows, sizes):
     return total / math.log(2) / sum(sizes[:4])
 
 
+def score_text(tokens, logits, start, stop, data):
+    """Token start to stop of rows (N, >= stop): bits per byte under a judge, logits(x) (N, T, V) of the token
+    after each of x (N, T), and what tells a text that repeats itself, which any judge likes."""
+    new, x, target = tokens[:, start:stop], tokens[:, :stop - 1], tokens[:, 1:stop]
+    nats = cross_entropy(logits(x), target)[:, start - 1:]             # (N, length)
+    pairs = torch.stack([new[:, :-1], new[:, 1:]], -1).flatten(0, 1)   # (N * (length - 1), 2)
+    p = torch.bincount(new.flatten().cpu()).double() / new.numel()
+    p = p[p > 0]
+    return {"judge, bits per byte": nats.sum().item() / math.log(2) / data.token_bytes[new].sum().item(),
+            "distinct-2": len(pairs.unique(dim=0)) / len(pairs),
+            "unigram entropy, bits": -(p * p.log2()).sum().item()}
+
+
 def generation(blocks, judge, data, config, n=64, length=128):
     """Continuations of held-out beginnings: bits per byte under the judge, with distinct-2 and entropy beside
     it.
@@ -523,19 +545,12 @@ def generation(blocks, judge, data, config, n=64, length=128):
     prompts, stop = windows[:, :start].tolist(), min(config.seq_len, start + length)
 
     def score(tokens):
-        new = tokens[:, start:stop]                                        # (N, length)
-        nats = cross_entropy(judge(tokens[:, :stop - 1])[0], tokens[:, 1:stop])[:, start - 1:]
-        pairs = torch.stack([new[:, :-1], new[:, 1:]], -1).flatten(0, 1)   # (N * (length - 1), 2)
-        p = torch.bincount(new.flatten().cpu()).double() / new.numel()
-        p = p[p > 0]
-        return {"judge, bits per byte": nats.sum().item() / math.log(2) / data.token_bytes[new].sum().item(),
-                "distinct-2": len(pairs.unique(dim=0)) / len(pairs),
-                "unigram entropy, bits": -(p * p.log2()).sum().item()}
+        return score_text(tokens, lambda x: judge(x)[0], start, stop, data)
 
     rows = {"held-out text": score(windows)}
     for t in (0.7, 0.85, 1.0):
-        rows[f"baseline, temperature {t}"] = score(generate(judge, prompts, stop - start, t))
+        rows[f"baseline, temperature {t}"] = score(generate(judge, prompts, stop - start, temperature=t))
     for t, levels in ((0.0, 5), (0.7, 5), (0.85, 5), (1.0, 5), (1.0, 32)):
         row = f"blocks, temperature {t}, {levels} levels"
-        rows[row] = score(generate(blocks, prompts, stop - start, t, euler_steps=levels))
+        rows[row] = score(generate(blocks, prompts, stop - start, temperature=t, euler_steps=levels))
     return rows

@@ -59,11 +59,14 @@ class Sampling:
 # -----------------------------------------------------------------------------------------------------------
 # The transformer layer
 
+ROPE_BASE = 10_000.0  # Llama
+
+
 def rotate(x, start=0):
     """Rotary positions start, start + 1, ... for x (B, H, T, D): pairs of channels turn at geometric
     frequencies."""
     half = x.shape[-1] // 2
-    freq = 10000.0 ** (-torch.arange(half, device=x.device) / half)                     # (D/2,)
+    freq = ROPE_BASE ** (-torch.arange(half, device=x.device) / half)                     # (D/2,)
     angle = torch.arange(start, start + x.shape[-2], device=x.device)[:, None] * freq   # (T, D/2)
     a, b = x.float().chunk(2, dim=-1)                                                   # (B, H, T, D/2) each
     cos, sin = angle.cos(), angle.sin()
@@ -100,7 +103,9 @@ class MLP(nn.Module):
 
 
 class MaskedLayer(nn.Module):
-    """Pre-norm layer with adaLN-Zero on t: shifts, scales and gates of both sub-layers, gates start at 0."""
+    """Pre-norm layer with adaLN on t: shifts, scales and gates of both sub-layers.
+
+    The modulation is zero-initialised around the plain layer (gates start at 1): see README, differences."""
 
     def __init__(self, config):
         super().__init__()
@@ -114,8 +119,8 @@ class MaskedLayer(nn.Module):
         """x (B, T, C), cond (B, 1, n_cond) -> (B, T, C)."""
         # (B, 1, C) each
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + (1 + gate1) * self.attention(self.norm1(x) * (1 + scale1) + shift1)
+        return x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class NoiseEmbedding(nn.Module):

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-MODELS = ("gpt", "vit", "dit", "mdm")
+MODELS = ("gpt", "vit", "dit", "mdm", "recurrent")
 
 
 @dataclass
@@ -1335,8 +1335,9 @@ def run(argv):
         parts = [f"block_{b}" for b in range(config.n_blocks)]
     elif args["block"] is not None:
         if not args["block"].isdigit() or int(args["block"]) >= config.n_blocks:
-            raise UserError(f"no block {args['block']}: {model} has {config.n_blocks} blocks, "
-                            f"0 to {config.n_blocks - 1}, or all")
+            has = f"{config.n_blocks} blocks, 0 to {config.n_blocks - 1}, or all"
+            raise UserError(f"no block {args['block']}: {model} has "
+                            f"{has if config.n_blocks > 1 else 'one block, 0, for all noise levels'}")
         parts = [f"block_{args['block']}"]
     device = pick_device(training.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
