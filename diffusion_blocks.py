@@ -352,13 +352,14 @@ def bound_chain(squared_error, y, noise, steps):
     """As `bound_share` of all blocks, for a chain that visits only the levels `steps`, from sigma_max down:
     the sum over its moves of (1 / sigma_next^2 - 1 / sigma^2) / 2 * E|y - D(z, sigma)|^2, nats.
 
-    It bounds -log p(y | x) of the ancestral sampler with these steps (VDM, arXiv 2107.00630, eq. 13 with its
-    discrete-time loss), and falls to the continuous bound as they get finer. An estimate of the mean over the
-    batch from one draw for each element and level."""
+    With `bound_ends` it bounds -log p(y | x) of the ancestral sampler with these steps (the discrete-time
+    loss of VDM, arXiv 2107.00630), and falls to the continuous bound as they get finer. An estimate of the
+    mean over the batch from one draw for each element and level; squared_error is asked at all levels."""
     total = 0.0
     for sigma, sigma_next in zip(steps[:-1].tolist(), steps[1:].tolist()):
         level = torch.full((len(y),), sigma, device=y.device)            # (B,)
         err = squared_error(noise.corrupt(y, level), level)              # (B,)
+        assert err.shape == level.shape
         total += err.mean().item() * (sigma_next ** -2 - sigma ** -2) / 2
     return total
 
