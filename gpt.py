@@ -78,7 +78,7 @@ def rotate(x, start=0):
     """Rotary positions start, start + 1, ... for x (B, H, T, D): pairs of channels turn at geometric
     frequencies."""
     half = x.shape[-1] // 2
-    freq = ROPE_BASE ** (-torch.arange(half, device=x.device) / half)                     # (D/2,)
+    freq = ROPE_BASE ** (-torch.arange(half, device=x.device) / half)                   # (D/2,)
     angle = torch.arange(start, start + x.shape[-2], device=x.device)[:, None] * freq   # (T, D/2)
     a, b = x.float().chunk(2, dim=-1)                                                   # (B, H, T, D/2) each
     cos, sin = angle.cos(), angle.sin()

@@ -66,7 +66,7 @@ def rotate(x, start=0):
     """Rotary positions start, start + 1, ... for x (B, H, T, D): pairs of channels turn at geometric
     frequencies."""
     half = x.shape[-1] // 2
-    freq = ROPE_BASE ** (-torch.arange(half, device=x.device) / half)                     # (D/2,)
+    freq = ROPE_BASE ** (-torch.arange(half, device=x.device) / half)                   # (D/2,)
     angle = torch.arange(start, start + x.shape[-2], device=x.device)[:, None] * freq   # (T, D/2)
     a, b = x.float().chunk(2, dim=-1)                                                   # (B, H, T, D/2) each
     cos, sin = angle.cos(), angle.sin()
@@ -138,7 +138,7 @@ class NoiseEmbedding(nn.Module):
 
 def init_masked(net):
     """All initialisation: N(0, 1 / fan-in), embeddings N(0, 1), residual outputs smaller by sqrt(2 layers);
-    modulation and head start at zero (MD4)."""
+    modulation and head start at zero."""
     for name, p in net.named_parameters():
         if p.dim() == 1 or "modulation" in name or name.startswith("head"):
             nn.init.zeros_(p)

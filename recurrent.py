@@ -74,7 +74,7 @@ def rotate(x, start=0):
     """Rotary positions start, start + 1, ... for x (B, H, T, D): pairs of channels turn at geometric
     frequencies."""
     half = x.shape[-1] // 2
-    freq = ROPE_BASE ** (-torch.arange(half, device=x.device) / half)                     # (D/2,)
+    freq = ROPE_BASE ** (-torch.arange(half, device=x.device) / half)                   # (D/2,)
     angle = torch.arange(start, start + x.shape[-2], device=x.device)[:, None] * freq   # (T, D/2)
     a, b = x.float().chunk(2, dim=-1)                                                   # (B, H, T, D/2) each
     cos, sin = angle.cos(), angle.sin()
@@ -148,9 +148,10 @@ class SandwichLayer(nn.Module):
         x = self.norm4(x + (1 + gate2) * self.mlp(self.norm3(x) * (1 + scale2) + shift2))
         return x, own
 
-    def keys_values(self, x, start=0):
+    def keys_values(self, x, start=0, cond=None):
         """What slots attend to in the last layer, without the rest of the layer, which nobody would read."""
-        return self.attention.keys_values(self.norm1(x), start)
+        shift, scale = (0.0, 0.0) if cond is None else self.modulation(cond).chunk(6, dim=-1)[:2]
+        return self.attention.keys_values(self.norm1(x) * (1 + scale) + shift, start)
 
 
 class NoiseEmbedding(nn.Module):
@@ -251,15 +252,11 @@ class Block(Recurrent):
         return (f"block 0, the only one: {c.n_prelude} + {c.n_core} + {c.n_coda} layers for all noise, sigma "
                 f"{c.sigma_min:.4g} to {c.sigma_max:.4g}, streams: {c.streams}")
 
-    def slots(self, e, z, sigma, start=0, past=None, mask=None):
-        """Prior logits (B, T, V) of slots that hold e and z (B, T, C) at sigma (B,), and their keys and
-        values."""
+    def state(self, z, sigma):
+        """The state (B, T, C) of slots with z (B, T, C) at sigma (B,), and the noise embedding (B, 1,
+        n_cond)."""
         _, _, c_in, c_noise = self.noise.precondition(sigma)
-        cond = self.noise_embedding(c_noise)                                 # (B, 1, n_cond)
-        state, n = self.config.z_rate * c_in[:, None, None] * z, self.config.n_core
-        h, own = self.one_pass(state, e, start, past and past[:n], mask, cond)
-        logits, more = self.read(h, start, past and past[n:], mask, cond)    # (B, T, V)
-        return logits, own + more
+        return self.config.z_rate * c_in[:, None, None] * z, self.noise_embedding(c_noise)
 
     def context(self, e, z=None, sigma=None, past=None):
         """Keys and values [(k, v)], (B, H, start + T, D), for slots to attend to, one pair a layer of core
@@ -269,13 +266,10 @@ class Block(Recurrent):
         that are known, z (B, T, C) at sigma (B,)."""
         start, n = past[0][0].shape[2] if past else 0, self.config.n_core
         assert start == 0 or e.shape[1] == 1
-        if self.aligned:
-            _, own = self.slots(e, z, sigma, start, past)
-        else:
-            h, own = self.one_pass(torch.zeros_like(e), e, start, past and past[:n])
-            h, more = run(self.coda[:-1], self.norm(h), start, past and past[n:])
-            own = own + more + [self.coda[-1].keys_values(h, start)]
-        return join(past, own)
+        state, cond = self.state(z, sigma) if self.aligned else (torch.zeros_like(e), None)
+        h, own = self.one_pass(state, e, start, past and past[:n], None, cond)                # (B, T, C)
+        h, more = run(self.coda[:-1], self.norm(h), start, past and past[n:], None, cond)     # (B, T, C)
+        return join(past, own + more + [self.coda[-1].keys_values(h, start, cond)])
 
     def logits(self, e, z, sigma, context=None, start=0):
         """Logits (B, T, V) of the next token from slots start, start + 1, ... that hold e and z (B, T, C) at
@@ -291,7 +285,9 @@ class Block(Recurrent):
             seen = torch.ones(n, context[0][0].shape[2], dtype=torch.bool, device=e.device)
             itself = torch.eye(n, dtype=torch.bool, device=e.device)
             mask = torch.cat([seen.tril(start - self.aligned), itself], dim=1)       # (T, T' + T)
-        f, _ = self.slots(e, z, sigma, start, context, mask)                 # (B, T, V)
+        (state, cond), n = self.state(z, sigma), self.config.n_core
+        h, _ = self.one_pass(state, e, start, context and context[:n], mask, cond)   # (B, T, C)
+        f, _ = self.read(h, start, context and context[n:], mask, cond)      # (B, T, V)
         return bayes_logits(f, z, sigma, self.table)
 
     def denoise(self, e, z, sigma, context=None, start=0):
@@ -330,14 +326,12 @@ class EndToEnd(Recurrent):
         std = (2 / 5) ** 0.5                                                 # sqrt(2 / 5C) * sqrt(C)
         return nn.init.trunc_normal_(torch.empty_like(e), std=std, a=-3 * std, b=3 * std)
 
-    def forward(self, x, passes, past=None):
-        """[logits (B, T, V) of the token after each of x (B, T)] after each of the numbers `passes`,
-        ascending, and a cache: the keys and values of all tokens so far in the prelude, in each pass and in
-        the coda.
+    def forward(self, x, n_passes, past=None):
+        """Logits (B, T, V) of the token after each of x (B, T), and a cache: the keys and values of all
+        tokens so far in the prelude, in each pass and in the coda.
 
         past: None, {} to begin a cache, or the cache. Only the last passes have a gradient."""
-        past, keep, cache, out = past or {}, past is not None, {}, []
-        assert not keep or len(passes) == 1  # one cache of the coda is of one state
+        past, keep, cache = past or {}, past is not None, {}
 
         def store(name, own):
             if keep:
@@ -346,15 +340,13 @@ class EndToEnd(Recurrent):
         e, own = self.condition(x, past.get("prelude"))                      # (B, T, C)
         store("prelude", own)
         state, with_gradient = self.first_state(e), torch.is_grad_enabled()
-        for k in range(1, passes[-1] + 1):
-            with torch.set_grad_enabled(with_gradient and k > passes[-1] - self.config.grad_passes):
+        for k in range(1, n_passes + 1):
+            with torch.set_grad_enabled(with_gradient and k > n_passes - self.config.grad_passes):
                 state, own = self.one_pass(state, e, start, past.get(k))     # (B, T, C)
             store(k, own)
-            if k in passes:
-                logits, own = self.read(state, start, past.get("coda"))      # (B, T, V)
-                out.append(logits)
+        logits, own = self.read(state, start, past.get("coda"))              # (B, T, V)
         store("coda", own)
-        return out, cache
+        return logits, cache
 
     def n_passes(self):
         """A draw of the number of passes, one for a batch: Poisson with a log-normal rate, plus 1 (Huginn);
@@ -368,7 +360,7 @@ class EndToEnd(Recurrent):
 
     def loss(self, batch):
         """Cross-entropy in nats per token; batch (B, T + 1) token ids."""
-        (logits,), _ = self(batch[:, :-1], [self.n_passes()])                # (B, T, V)
+        logits, _ = self(batch[:, :-1], self.n_passes())                     # (B, T, V)
         return cross_entropy(logits, batch[:, 1:]).mean()
 
 
@@ -450,7 +442,7 @@ def next_token(nets, tokens, cache, temperature=1.0, top_k=0, n_passes=32):
     training: they cost a second slot for each token and pass."""
     new = tokens[:, -1:] if cache else tokens
     if isinstance(nets, EndToEnd):
-        (logits,), cache = nets(new, [n_passes], cache or {})
+        logits, cache = nets(new, n_passes, cache or {})
         return choose(logits[:, -1], temperature, top_k), cache
     block, past = nets[0], cache or {}
     e, own = block.condition(new, past.get("prelude"))                       # (N, 1 or T, C)
@@ -540,7 +532,7 @@ def evaluate(blocks, end_to_end, control, data, sampling, n_windows=256):
         y = table[target]                                                  # (B, T, C)
         for name, net, n_passes in (("baseline", end_to_end, config.mean_passes), ("control", control, 1)):
             if net is not None:
-                (logits,), _ = net(x, [n_passes])                          # (B, T, V)
+                logits, _ = net(x, n_passes)                               # (B, T, V)
                 scores[name].append(cross_entropy(logits, target).sum().item())
         e, _ = block.condition(x)                                          # (B, T, C)
 
@@ -606,7 +598,7 @@ def by_passes(block, end_to_end, windows, sizes, prior):
             return (y - d).pow(2).sum((1, 2))                              # (B,)
         for k in PASSES:
             if end_to_end is not None:
-                (logits,), _ = end_to_end(x, [k])                          # (B, T, V)
+                logits, _ = end_to_end(x, k)                               # (B, T, V)
                 nats[k]["baseline"].append(cross_entropy(logits, target).sum().item())
                 right[k][names[0]].append(hits(logits.argmax(-1)))
             if k > 1:
@@ -670,7 +662,7 @@ def generation_by_passes(blocks, judge, data, config, n=32, length=64):
     prompts, stop = windows[:, :start].tolist(), min(config.seq_len, start + length)
 
     def score(tokens):
-        return score_text(tokens, lambda x: judge(x, [config.mean_passes])[0][0], start, stop, data)
+        return score_text(tokens, lambda x: judge(x, config.mean_passes)[0], start, stop, data)
 
     rows = {"held-out text": score(windows)}
     for t, n_passes in ((0.7, 32), (0.85, 32), (1.0, 32), (1.0, 4)):

@@ -1069,7 +1069,7 @@ def test_the_recurrent_baseline_is_causal_and_its_first_state_is_huginns():
     out = []
     for tokens in (x, other):
         torch.manual_seed(1)
-        out.append(net(tokens, [1, 3])[0])
+        out.append([net(tokens, n)[0] for n in (1, 3)])
     for a, b in zip(*out):
         assert torch.equal(a[:, :5], b[:, :5]) and not torch.allclose(a[:, 5:], b[:, 5:])
     state = net.first_state(torch.empty(100, 100, 32))
@@ -1134,8 +1134,7 @@ def test_a_block_that_knows_the_next_token_finds_it_in_every_slot(monkeypatch):
     x = torch.randint(64, (4, 9))
     e, y = torch.randn(4, 8, 32), block.table[x[:, 1:]]
     sure = 50 * F.one_hot(x[:, 1:], 64).float()
-    monkeypatch.setattr(block, "slots", lambda e, z, sigma, *rest: (sure, [None] * 6))
-    monkeypatch.setattr(block, "context", lambda *rest: [(torch.zeros(1, 1, 8, 1),)])
+    monkeypatch.setattr(block, "read", lambda *rest: (sure, None))
     for temperature, n in ((0.0, 1), (1.0, 4)):
         assert torch.equal(recurrent.denoise_tokens(block, e, y, temperature, n), x[:, 1:])
 
