@@ -13,6 +13,7 @@ JUDGE if it is scored by another model's baseline. """
 import argparse
 import contextlib
 import copy
+import fcntl
 import hashlib
 import importlib
 import inspect
@@ -25,15 +26,19 @@ import re
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import sysconfig
 import time
-from dataclasses import asdict, dataclass, fields
+import zipfile
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Callable, NamedTuple, get_type_hints
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 
 MODELS = ("gpt", "vit", "dit", "mdm", "recurrent")
@@ -44,7 +49,7 @@ class Training:
     steps: int = 1000               # optimizer updates for each block (and as many for the baseline)
     epochs: float = 0.0             # passes over the data in the place of steps; 0: as --steps says
     batch_size: int = 16            # sequences or images in an update
-    accumulate: int = 1             # parts that a batch is cut into, to save memory (gradient accumulation)
+    accumulate: int = 1             # parts a process cuts its batch into, to save memory (gradients add up)
     lr: float = 1e-3                # peak learning rate (AdamW, betas 0.9 and --beta2)
     beta2: float = 0.95             # AdamW's second beta
     weight_decay: float = 0.1       # on matrices only, not on gains and biases
@@ -59,6 +64,7 @@ class Training:
     resume: bool = False            # go on from the checkpoint; on CPU the result is the same to the bit
     log_every: int = 50             # updates between log lines
     save_every: int = 200           # updates between checkpoints
+    save_minutes: float = 0.0       # a checkpoint also after so many minutes; 0: by updates only
 
 
 @dataclass
@@ -80,11 +86,15 @@ class ImageTraining(Training):
 
 # what may differ between a checkpoint and the command that resumes it: none of these changes a weight
 FREE = {"data", "split", "column", "image_column", "label_column", "device", "out", "resume", "log_every",
-        "save_every"}
+        "save_every", "save_minutes"}
 
 
 class UserError(Exception):
     """What the user has to mend, in one line."""
+
+
+class Interrupted(Exception):
+    """A signal that asks the program to end: its number, and the checkpoint to go on from, if any."""
 
 
 def say(*text):
@@ -171,17 +181,21 @@ def check(training):
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if training.batch_size % training.accumulate:
         raise UserError(f"--accumulate {training.accumulate} must divide --batch-size {training.batch_size}")
-    if training.threads < 0 or training.warmup < 0 or not 0 <= training.epochs < math.inf:
-        raise UserError("--threads, --warmup and --epochs must not be negative")
+    if (training.threads < 0 or training.warmup < 0 or not 0 <= training.epochs < math.inf
+            or not training.save_minutes >= 0):
+        raise UserError("--threads, --warmup, --epochs and --save-minutes must not be negative")
     if not (math.isfinite(training.lr) and training.lr > 0 and 0 <= training.beta2 < 1 and training.clip > 0
             and 0 <= training.ema < 1):
         raise UserError("need --lr > 0, 0 <= --beta2 < 1, --clip > 0 and 0 <= --ema < 1")
 
 
-def pick_device(name):
-    """A torch.device from a name; auto takes CUDA, then Apple's MPS, then the CPU. Raises UserError."""
+def pick_device(name, local_rank=None):
+    """A torch.device from a name; auto takes CUDA, then Apple's MPS, then the CPU; of torchrun's processes
+    each takes its own GPU. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None and torch.cuda.is_available():
+        name = f"cuda:{local_rank % torch.cuda.device_count()}"
     try:
         torch.zeros(1, device=name)
         return torch.device(name)
@@ -189,10 +203,29 @@ def pick_device(name):
         raise UserError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
 
 
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write that takes the place of `path` when it is complete: whatever happens, what has that
+    name is whole, the old or the new. Raises UserError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save's are of both kinds
+        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+        raise UserError(f"cannot write {path}: {reason}; what was there before is untouched") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
 # -----------------------------------------------------------------------------------------------------------
 # Text: prepared once into memory-mapped token files under data/, then read from there alone
 
 DATA_DIR = Path(__file__).parent / "data"
+SPLITS = ("train", "val")
 PIECE = 1 << 20  # characters tokenised at a time
 
 
@@ -368,16 +401,18 @@ class Text:
 
     def __init__(self, folder, device):
         try:
-            self.meta = json.loads((folder / "meta.json").read_text())
+            self.meta = read_meta(folder)
             dtype = np.dtype(self.meta["dtype"])
             self.tokens = {s: np.memmap(folder / f"{s}.bin", dtype, "r") for s in ("train", "val")}
-            whole = all(len(self.tokens[s]) == self.meta[s]["tokens"] for s in self.tokens)
-            self.token_bytes = torch.from_numpy(np.load(folder / "token_bytes.npy")).to(device)
-        except (OSError, ValueError, KeyError):
+            token_bytes = np.load(folder / "token_bytes.npy")
+            whole = (sha256(token_bytes) == self.meta["token_bytes"]
+                     and all(sha256(self.tokens[s]) == self.meta[s]["sha256"] for s in self.tokens))
+        except Exception:  # of a damaged file: numpy's parser of headers raises what it likes
             whole = False
         if not whole:
             raise UserError(f"prepared data in {folder} is damaged; delete that folder and run again")
-        self.device, self.facts = device, {"vocab_size": len(self.token_bytes)}
+        self.token_bytes = torch.from_numpy(token_bytes).to(device)
+        self.device, self.facts = device, {"vocab_size": len(token_bytes)}
         self.fingerprint = self.meta["train"]["sha256"][:16] + self.meta["val"]["sha256"][:16]
 
     def describe(self):
@@ -421,23 +456,48 @@ class Text:
         return torch.from_numpy(np.log(counts / counts.sum())).float().to(self.device)
 
 
-@contextlib.contextmanager
-def preparing(folder):
-    """A temporary folder to write prepared data into, renamed to `folder` when complete: what has the name is
-    whole. Raises UserError where nothing can be written."""
-    part = DATA_DIR / f".{folder.name}.{os.getpid()}"
+def prepare(folder, write):
+    """Let write(part) fill a temporary folder with prepared data and return what is to be known about it;
+    rename that to `folder`: what has the name is whole. Of several processes one does it, the others wait.
+    Raises UserError where nothing can be written."""
+    part = DATA_DIR / f".{folder.name}.part"
     try:
-        part.mkdir(parents=True)
-        yield part
-        try:
-            part.rename(folder)
-        except OSError:  # another process was faster; what it wrote is the same
-            if not folder.exists():
-                raise
+        DATA_DIR.mkdir(parents=True, exist_ok=True)
+        lock = os.open(DATA_DIR, os.O_RDONLY)
     except OSError as e:
         raise UserError(f"cannot write prepared data under {DATA_DIR}: {e.strerror}") from None
-    finally:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            part.mkdir()
+            meta = write(part)
+            (part / "meta.json").write_text(json.dumps({"checksum": checksum(meta)} | meta))
+            part.rename(folder)
+    except BaseException as e:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(e, OSError):
+            raise UserError(f"cannot write prepared data under {DATA_DIR}: {e.strerror}") from None
+        raise
+    finally:
+        os.close(lock)  # which lifts the lock
+
+
+def checksum(meta):
+    return hashlib.sha256(json.dumps(meta).encode()).hexdigest()
+
+
+def read_meta(folder):
+    """meta.json of prepared data. Raises ValueError or OSError if it is not as it was written."""
+    meta = json.loads((folder / "meta.json").read_text())
+    if not isinstance(meta, dict) or meta.pop("checksum", None) != checksum(meta):
+        raise ValueError("wrong checksum")
+    return meta
+
+
+def sha256(array):
+    """Of an array's bytes, in hexadecimal; of a memory-mapped one this reads the whole file."""
+    return hashlib.sha256(array.reshape(-1).view(np.uint8)).hexdigest()
 
 
 def load_text(training, device):
@@ -451,23 +511,25 @@ def load_text(training, device):
                     "split": training.split, "column": training.column}
         files = sorted(p for p in Path(source).rglob("*") if p.is_file()) if Path(source).is_dir() else []
         identity["files"] = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    key = hashlib.sha256(json.dumps([1, identity, training.tokenizer]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([2, identity, training.tokenizer]).encode()).hexdigest()[:12]
     name = re.sub(r"[^A-Za-z0-9.]+", "-", f"{identity['source']}-{training.tokenizer}")
     folder = DATA_DIR / f"{name}-{key}"
+
+    def write(part):
+        texts = (train, held) if local else hub_documents(source, training.split, training.column)
+        token_bytes = tokenizer.token_bytes()
+        dtype = np.min_scalar_type(len(token_bytes) - 1)
+        np.save(part / "token_bytes.npy", token_bytes)
+        meta = identity | {"tokenizer": training.tokenizer, "dtype": dtype.name,
+                           "token_bytes": sha256(token_bytes)}
+        for split, documents in zip(SPLITS, texts):
+            count, digest = write_tokens(documents, part / f"{split}.bin", tokenizer, dtype)
+            if count < 2:
+                raise UserError(f"{source}: the {split} text is empty; give a longer text")
+            meta[split] = {"tokens": count, "sha256": digest}
+        return meta
     if not folder.exists():
-        if not local:
-            train, held = hub_documents(source, training.split, training.column)
-        with preparing(folder) as part:
-            token_bytes = tokenizer.token_bytes()
-            dtype = np.min_scalar_type(len(token_bytes) - 1)
-            meta = identity | {"tokenizer": training.tokenizer, "dtype": dtype.name}
-            for split, documents in (("train", train), ("val", held)):
-                count, digest = write_tokens(documents, part / f"{split}.bin", tokenizer, dtype)
-                if count < 2:
-                    raise UserError(f"{source}: the {split} text is empty; give a longer text")
-                meta[split] = {"tokens": count, "sha256": digest}
-            np.save(part / "token_bytes.npy", token_bytes)
-            (part / "meta.json").write_text(json.dumps(meta))
+        prepare(folder, write)
     return Text(folder, device)
 
 
@@ -475,9 +537,6 @@ def load_text(training, device):
 # Images: prepared once like text, into memory-mapped arrays; batches are cut from a row of shuffled epochs
 
 DIGITS = Path(__file__).parent / "data" / "digits.npz"  # made by results/make_digits.py
-SPLITS = ("train", "val")
-
-
 def shuffled(n, *what):
     """(n,) a permutation that is a function of `what` alone."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(*what)))
@@ -617,7 +676,11 @@ def decode(parts, column, part):
     for split in SPLITS:
         shape = (len(parts[split][2]), len(mode), size, size)
         # straight into the file: a large set need not fit into memory
-        pixels = np.lib.format.open_memmap(part / f"{split}_images.npy", "w+", np.uint8, shape)
+        path = part / f"{split}_images.npy"
+        pixels = np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a bus error later
+            with open(path, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
         for i, where, cell in cells(split, "decoding"):
             pixels[i] = np.asarray(open_image(cell, where, mode)).reshape(size, size, -1).transpose(2, 0, 1)
         pixels.flush()
@@ -673,8 +736,7 @@ def summary(arrays, about):
         "train": len(images), "val": len(arrays["val"][0]), "image_size": images.shape[-1],
         "n_channel": images.shape[1], "n_class": len(about["names"]), "data_mean": round(mean, 6),
         "data_std": round(math.sqrt(variance), 6),
-        "sha256": [hashlib.sha256(a.reshape(-1).view(np.uint8)).hexdigest()
-                   for split in SPLITS for a in arrays[split]]}
+        "sha256": [sha256(a) for split in SPLITS for a in arrays[split]]}
 
 
 def open_arrays(folder):
@@ -757,16 +819,18 @@ def load_images(training, device):
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     stamps = [[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     wishes = [] if latents else [training.image_column, training.label_column]
-    key = hashlib.sha256(json.dumps([1, "images", about, wishes, stamps]).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([2, "images", about, wishes, stamps]).encode()).hexdigest()[:12]
     folder = DATA_DIR / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}-{key}"
+
+    def write(part):
+        facts = (prepare_latents if latents else prepare_images)(training, part)
+        return summary(open_arrays(part), about | facts)
     if not folder.exists():
-        with preparing(folder) as part:
-            about |= (prepare_latents if latents else prepare_images)(training, part)
-            (part / "meta.json").write_text(json.dumps(summary(open_arrays(part), about)))
+        prepare(folder, write)
     try:
-        meta, arrays = json.loads((folder / "meta.json").read_text()), open_arrays(folder)
-        whole = all(len(images) == len(labels) == meta[s] for s, (images, labels) in arrays.items())
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        meta, arrays = read_meta(folder), open_arrays(folder)
+        whole = meta["sha256"] == [sha256(a) for split in SPLITS for a in arrays[split]]
+    except Exception:  # as in Text
         whole = False
     if not whole:
         raise UserError(f"prepared data in {folder} is damaged; delete that folder and run again")
@@ -908,24 +972,12 @@ LOADERS = {"text": Loader(TextTraining, load_text, lambda training, load: Tokeni
 # -----------------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def save(path, state):
-    """Write to a temporary file, then rename: whatever happens, `path` is a whole checkpoint, the old or the
-    new."""
-    part = path.with_name(path.name + f".{os.getpid()}.part")
-    try:
-        with open(part, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as e:
-        part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {e}; an earlier checkpoint there is untouched") from None
-
-
 def load(path, model):
     """A checkpoint's dictionary on the CPU; never runs code from the file. Raises UserError."""
     try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not compare the checksums
+                raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["model"], state["part"]
     except FileNotFoundError:
@@ -962,6 +1014,75 @@ def command(model, part):
     typed = [text for name, text in TYPED if name in known or name == "preset" and text[9:] in module.PRESETS]
     flag = f"--block {part[6:]}" if part.startswith("block_") else "--" + part.replace("_", "-")
     return " ".join([f"python train.py --model {model} {flag}", *typed])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Several processes: torchrun's ranks are dealt over the parts to train, and distinct parts never communicate
+
+class Group(NamedTuple):
+    """The processes that train one part, and this one's number among them."""
+    rank: int = 0
+    size: int = 1
+
+
+def torchrun():
+    """{rank, world_size, local_rank, local_world_size} of this process, if torchrun started it, else {}."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    return {n.lower(): int(os.environ[n]) for n in names if n in os.environ} if "RANK" in os.environ else {}
+
+
+def deal(parts, rank, n_ranks):
+    """(the parts that a rank trains in turn, its Group) of parts dealt over n_ranks. Raises UserError."""
+    if n_ranks <= len(parts):
+        return parts[rank::n_ranks], Group()
+    if n_ranks % len(parts):
+        raise UserError(f"{n_ranks} processes cannot be dealt over {len(parts)} blocks; start at most "
+                        f"{len(parts)}, or a multiple of {len(parts)}")
+    size = n_ranks // len(parts)
+    return [parts[rank // size]], Group(rank % size, size)
+
+
+def connect(part, group, device):
+    """Make the processes that train a part a process group of their own: no other part's are in it."""
+    store, _, _ = next(dist.rendezvous("env://"))  # torchrun's: only here do parts meet, under other names
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore(part, store), rank=group.rank,
+                            world_size=group.size)
+
+
+class Loss(nn.Module):
+    """A network's loss as its forward, which is what DistributedDataParallel can call."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, batch):
+        return self.net.loss(batch)
+
+
+def distributed(net, device):
+    """A function as net.loss, whose backward leaves the mean gradient of all processes of the group."""
+    devices = [device] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(Loss(net), device_ids=devices, broadcast_buffers=False)
+
+
+def over_group(values, group, how):
+    """Numbers that every process of the group has, reduced over them."""
+    if group.size == 1:
+        return values
+    values = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(values, how)
+    return values.tolist()
+
+
+def gather(streams, own, group):
+    """The pieces' random streams, each as the process that owns it has it."""
+    if group.size == 1:
+        return streams
+    every = [None] * group.size
+    dist.all_gather_object(every, [streams[i] for i in own])
+    return [state for part in every for state in part]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1036,37 +1157,72 @@ def make_optimizer(net, training, device):
     return torch.optim.AdamW(groups, betas=(0.9, training.beta2), fused=device.type == "cuda")
 
 
-def checkpoint(path, about, step, net, average, optimizer, device):
+def begin_streams(seed, part, n, device):
+    """Random streams of the n pieces of a batch; the first goes on where building the network ended."""
+    streams = [rng_state(device)]
+    for i in range(1, n):
+        torch.manual_seed(seed_of(seed, f"{part} {i}"))
+        streams.append(rng_state(device))
+    return streams
+
+
+def checkpoint(path, about, step, net, average, optimizer, streams):
     """All that the run needs to go on to the same bits: settings, step, weights, moments, random streams."""
     state = about | {"step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict(),
-                     "rng": rng_state(device), "torch": str(torch.__version__)}
-    save(path, state | ({"average": average.state_dict()} if average is not None else {}))
+                     "streams": streams, "torch": str(torch.__version__)}
+    with replacing(path) as f:
+        torch.save(state | ({"average": average.state_dict()} if average is not None else {}), f)
 
 
-def restore(path, about, net, average, optimizer, device):
-    """Put a checkpoint into networks, optimizer and random streams; returns its step. Raises UserError."""
+def restore(path, about, net, average, optimizer):
+    """Put a checkpoint into networks and optimizer; returns its step and random streams. Raises UserError."""
     state = load(path, about["model"])
-    changed = differing(state, about, "config", "training")
-    if changed:
-        raise UserError(f"cannot resume {path}, trained with other settings: {', '.join(changed)}")
-    net.load_state_dict(state["net"])
-    if average is not None:
-        average.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
-    set_rng_state(state["rng"], device)
-    return state["step"]
+    try:
+        changed = differing(state, about, "config", "training")
+        if changed:
+            raise UserError(f"cannot resume {path}, trained with other settings: {', '.join(changed)}")
+        net.load_state_dict(state["net"])
+        if average is not None:
+            average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["step"], state["streams"]
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        raise UserError(f"{path} does not fit this version of the program; train it again without "
+                        f"--resume") from None
 
 
-def open_log(path, step):
-    """A log file that holds the lines up to a step: none for a new run, no line twice for a resumed one."""
+@contextlib.contextmanager
+def open_log(folder, part):
+    """OUT/MODEL/PART.jsonl, which no other process has open: two that train the same part would spoil each
+    other's work. Raises UserError, also if it cannot be written to later."""
+    path = folder / f"{part}.jsonl"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+", buffering=1, errors="replace") as log:
+            try:
+                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when the process ends
+            except BlockingIOError:
+                raise UserError(f"another process is training {folder / part}.pt; wait for it, or choose "
+                                f"another place with --out") from None
+            for rest in folder.glob(f".{part}.pt.*.part"):       # of a process that was killed as it wrote
+                rest.unlink(missing_ok=True)
+            yield log
+    except OSError as e:
+        raise UserError(f"cannot write {e.filename or path}: {e.strerror}; what was saved before is "
+                        f"untouched; make room there, or choose another place with --out") from None
+
+
+def rewind(log, step):
+    """Keep the lines of a log up to a step: none for a new run, no line twice for a resumed one."""
+    log.seek(0)
     kept = []
-    for line in path.read_text().splitlines() if step and path.exists() else []:
+    for line in log.read().splitlines():
         try:
             kept += [line] if json.loads(line)["step"] <= step else []
-        except ValueError:  # the line that a kill cut short
+        except (ValueError, KeyError, TypeError):  # the line that a kill cut short
             pass
-    path.write_text("".join(f"{line}\n" for line in kept))
-    return open(path, "a", buffering=1)
+    log.truncate(0)
+    log.writelines(f"{line}\n" for line in kept)
 
 
 def parameters(module, config, parts):
@@ -1075,72 +1231,109 @@ def parameters(module, config, parts):
         return sum(p.numel() for part in parts for p in build(module, config, part).parameters())
 
 
-def train(module, model, part, config, training, data, device, resume):
-    """Train one part, alone in this process, and write OUT/MODEL/PART.pt and PART.jsonl. Raises UserError."""
+STOP = {"signal": 0, "later": False}  # the signal that came; later: an update must be ended first
+
+
+def on_signal(number, frame):
+    """SIGINT or SIGTERM ends the program at once, but training after the update that it is at. A second one
+    does not wait for that, except under torchrun, which sends one more for each that the terminal sends."""
+    if not STOP["later"] or STOP["signal"] and not torchrun():
+        raise Interrupted(number, "")
+    STOP["signal"] = number
+
+
+def train(module, model, part, config, training, data, device, resume, group):
+    """Train one part, in this process alone or with the others of its group, and write OUT/MODEL/PART.pt and
+    PART.jsonl. Raises UserError and Interrupted."""
     folder = Path(training.out) / model
     path, steps = folder / f"{part}.pt", training.steps
     if training.epochs:
         steps = math.ceil(training.epochs * data.length(config) / training.batch_size)
+    # a batch is cut into pieces, each with a random stream of its own, whichever process computes it
+    n_pieces = training.accumulate * group.size
+    own = range(group.rank * training.accumulate, (group.rank + 1) * training.accumulate)
+    if training.batch_size % n_pieces:
+        raise UserError(f"--batch-size {training.batch_size} must be a multiple of {n_pieces}: "
+                        f"{group.size} processes train {part}, with --accumulate {training.accumulate}")
+    size = training.batch_size // n_pieces
     about = {"model": model, "part": part, "steps": steps, "config": asdict(config),
-             "training": asdict(training), "data": data.meta | {"fingerprint": data.fingerprint}}
+             "training": asdict(replace(training, accumulate=n_pieces)),
+             "data": data.meta | {"fingerprint": data.fingerprint}}
     torch.manual_seed(seed_of(training.seed, part))
     net = build(module, config, part).to(device)
     average = copy.deepcopy(net).eval() if training.ema else None
     optimizer = make_optimizer(net, training, device)
-    first = step = restore(path, about, net, average, optimizer, device) if resume else 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        log = open_log(path.with_suffix(".jsonl"), step)
-    except OSError as e:
-        raise UserError(f"cannot write to {folder}: {e.strerror}; choose another place with --out") from None
-    parts = [f"block_{b}" for b in range(config.n_blocks)] if part.startswith("block_") else [part]
-    say(f"{model} {net.describe()}")
-    own, whole = parameters(module, config, [part]), parameters(module, config, parts)
-    say(f"parameters trained: {own:,} of {whole:,} in the whole model; device {device}, "
-        f"{training.threads} CPU threads; from step {step} of {steps}")
+    step, streams = 0, begin_streams(training.seed, part, n_pieces, device)
 
-    micro = training.batch_size // training.accumulate
-    held_out = data.held_out(4 * micro, config)
-    total, since, began = 0.0, 0, time.time()
-    net.train()
-    while step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, training, steps)
-        for i in range(training.accumulate):
-            batch = data.batch(micro, config, step * training.accumulate + i)
-            loss = net.loss(batch) / training.accumulate
-            loss.backward()
-            total = total + loss.detach()  # no .item(): on a GPU that would wait for the device at every step
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), training.clip)
-        total = total + 0.0 * norm  # a gradient that is not finite makes the loss reported nan, too
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step, since = step + 1, since + 1
-        if average is not None:
-            update_average(average, net, training.ema, step)
-        progress(f"{net.title} | step {step}/{steps}")
-        logs = step % training.log_every == 0 or step == steps
-        saves = step % training.save_every == 0 or step == steps
-        if logs or saves:
-            mean = float(total) / since
-            if not math.isfinite(mean):
-                kept = f"{path} holds the last good step" if path.exists() else "nothing was saved yet"
-                raise UserError(f"the loss of {part} is {mean} near step {step}; {kept}; try a lower --lr")
-        if logs:
-            row = {"part": part, "title": net.title, "step": step, "loss": mean,
-                   "val_loss": validate(net if average is None else average, held_out, micro),
-                   "lr": optimizer.param_groups[0]["lr"], "ms": 1000 * (time.time() - began) / (step - first),
-                   "memory_mb": memory(device)}
-            row["minutes_left"] = (steps - step) * row["ms"] / 60000
-            progress("")
-            say(f"{net.title} | step {step}/{steps} | loss {mean:.4f} | val {row['val_loss']:.4f} | "
-                f"lr {row['lr']:.1e} | {row['ms']:.0f} ms/step | {row['memory_mb']:.0f} MB | "
-                f"{row['minutes_left']:.1f} min left")
-            log.write(json.dumps(row) + "\n")
-            total, since = 0.0, 0
-        if saves:
-            checkpoint(path, about, step, net, average, optimizer, device)
-    say(f"done: {path}, peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
+    leads = group.rank == 0  # the first of a group writes what there is to write
+    tell = say if leads else lambda text: None
+    with open_log(folder, part) if leads else contextlib.nullcontext() as log:
+        if resume:
+            step, streams = restore(path, about, net, average, optimizer)
+        if leads:
+            rewind(log, step)
+        parts = [f"block_{b}" for b in range(config.n_blocks)] if part.startswith("block_") else [part]
+        trained, whole = parameters(module, config, [part]), parameters(module, config, parts)
+        tell(f"{model} {net.describe()}")
+        tell(f"parameters trained: {trained:,} of {whole:,} in the whole model; device {device}, "
+             f"{training.threads} CPU threads{f', {group.size} processes' if group.size > 1 else ''}; "
+             f"from step {step} of {steps}")
+
+        loss_of = distributed(net, device) if group.size > 1 else net.loss
+        held_out = data.held_out(4 * training.batch_size, config)
+        total, since, first, began = 0.0, 0, step, time.time()
+        saved = began
+        net.train()
+        while step < steps:
+            for settings in optimizer.param_groups:
+                settings["lr"] = lr_at(step, training, steps)
+            for i in own:
+                set_rng_state(streams[i], device)
+                # processes exchange gradients once, with the last piece
+                with loss_of.no_sync() if group.size > 1 and i != own[-1] else contextlib.nullcontext():
+                    loss = loss_of(data.batch(size, config, step * n_pieces + i)) / len(own)
+                    loss.backward()
+                streams[i] = rng_state(device)
+                total = total + loss.detach()  # no .item(): on a GPU that would wait for the device each time
+            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), training.clip)
+            total = total + 0.0 * norm  # a gradient that is not finite makes the loss reported nan, too
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step, since = step + 1, since + 1
+            if average is not None:
+                update_average(average, net, training.ema, step)
+            progress(f"{net.title} | step {step}/{steps}")
+
+            due = bool(training.save_minutes) and time.time() - saved > 60 * training.save_minutes
+            stop, due = over_group([STOP["signal"], due], group, dist.ReduceOp.MAX)
+            logs = step % training.log_every == 0 or step == steps
+            saves = step % training.save_every == 0 or step == steps or stop or due
+            if logs or saves or device.type == "cpu":
+                mean, = over_group([float(total) / since / group.size], group, dist.ReduceOp.SUM)
+                if not math.isfinite(mean):
+                    kept = f"{path} holds the last good step" if path.exists() else "nothing was saved yet"
+                    raise UserError(f"the loss of {part} is {mean} by step {step}; {kept}; try a lower --lr")
+            if logs and leads:
+                row = {"part": part, "title": net.title, "step": step, "loss": mean,
+                       "val_loss": validate(net if average is None else average, held_out, size),
+                       "lr": optimizer.param_groups[0]["lr"],
+                       "ms": 1000 * (time.time() - began) / (step - first), "memory_mb": memory(device)}
+                row["minutes_left"] = (steps - step) * row["ms"] / 60000
+                progress("")
+                say(f"{net.title} | step {step}/{steps} | loss {mean:.4f} | val {row['val_loss']:.4f} | "
+                    f"lr {row['lr']:.1e} | {row['ms']:.0f} ms/step | {row['memory_mb']:.0f} MB | "
+                    f"{row['minutes_left']:.1f} min left")
+                log.write(json.dumps(row) + "\n")
+            if logs:
+                total, since = 0.0, 0
+            if saves:
+                streams, saved = gather(streams, own, group), time.time()
+                if leads:
+                    checkpoint(path, about, step, net, average, optimizer, streams)
+            if stop and step < steps:
+                progress("")
+                raise Interrupted(int(stop), f"{path} holds step {step} of {steps}")
+        tell(f"done: {path}, peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1229,18 +1422,12 @@ def write_arrays(folder, results):
     """Write {name: tensor} into a folder: bytes (height, width, 3) as name.png, others as name.npy."""
     for name, array in results.items():
         path = folder / f"{name}.{'png' if array.dtype == torch.uint8 else 'npy'}"
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with open(part, "wb") as f:
-                if path.suffix == ".png":
-                    from PIL import Image
-                    Image.fromarray(array.numpy()).save(f, "png")
-                else:
-                    np.save(f, array.numpy())
-            os.replace(part, path)
-        except OSError as e:
-            part.unlink(missing_ok=True)
-            raise UserError(f"cannot write {path}: {e.strerror}") from None
+        with replacing(path) as f:
+            if path.suffix == ".png":
+                from PIL import Image
+                Image.fromarray(array.numpy()).save(f, "png")
+            else:
+                np.save(f, array.numpy())
         say(f"saved {path}")
 
 
@@ -1286,9 +1473,8 @@ def evaluate(module, model, args, training, sampling, device):
     except ValueError:
         raise UserError(f"a figure above is not finite, so {path} was not written; train longer, or with a "
                         f"lower --lr") from None
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
+    with replacing(path) as f:
+        f.write(text.encode())
     say(f"\nsaved {path}; peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
 
 
@@ -1339,10 +1525,13 @@ def run(argv):
             raise UserError(f"no block {args['block']}: {model} has "
                             f"{has if config.n_blocks > 1 else 'one block, 0, for all noise levels'}")
         parts = [f"block_{args['block']}"]
-    device = pick_device(training.device)
+    ranks = torchrun()
+    device = pick_device(training.device, ranks.get("local_rank"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    training.threads = training.threads or cores
+    training.threads = training.threads or max(1, cores // ranks.get("local_world_size", 1))
     torch.set_num_threads(training.threads)
+    if ranks and not parts:
+        raise UserError("torchrun is for training; score and sample without it: python train.py ...")
 
     if args["eval"] or args["sample"]:
         # what was trained decides the data and the tokenizer, unless the command line names them
@@ -1358,7 +1547,8 @@ def run(argv):
         return sample(module, model, args, training, sampling, device)
 
     data = LOADERS[module.DATA].load(training, device)
-    say(f"data: {data.describe()}")
+    if not ranks.get("rank"):
+        say(f"data: {data.describe()}")
     for name, fact in data.facts.items():
         if name in args and args[name] not in (0, fact):
             raise UserError(f"--{name.replace('_', '-')} {args[name]}: the data has {fact}; drop the flag")
@@ -1368,22 +1558,40 @@ def run(argv):
         module.check(config)  # again, now that the data's sizes are known
     except ValueError as e:
         raise UserError(str(e)) from None
-    here = Path(training.out) / model
-    for part in parts:  # of several blocks, those that were not begun are begun
-        resume = training.resume and (len(parts) == 1 or (here / f"{part}.pt").exists())
-        train(module, model, part, config, training, data, device, resume)
+    here, several = Path(training.out) / model, len(parts) > 1
+    own, group = deal(parts, ranks.get("rank", 0), ranks.get("world_size", 1))
+    if group.size > 1:
+        connect(own[0], group, device)
+    STOP["later"] = True
+    for part in own:  # of several blocks, those that were not begun are begun
+        resume = training.resume and (not several or (here / f"{part}.pt").exists())
+        train(module, model, part, config, training, data, device, resume, group)
+        if STOP["signal"] and part != own[-1]:
+            raise Interrupted(STOP["signal"], f"{part} is done")
+    if group.size > 1:
+        dist.destroy_process_group()
+    if ranks:  # others may not have ended
+        return
     missing = [p for p in [f"block_{b}" for b in range(config.n_blocks)] + ["end_to_end", "control"]
                if not (here / f"{p}.pt").exists()]
     say(f"next: {command(model, missing[0]) if missing else command(model, 'eval')}")
 
 
 def main():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     try:
         run(sys.argv[1:])
     except UserError as e:
         sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command with --resume goes on from the last checkpoint")
+    except Interrupted as e:
+        number, state = e.args
+        ranks = torchrun()
+        start = f"torchrun --nproc-per-node {ranks['local_world_size']}" if ranks else "python"
+        argv = [a for a in sys.argv[1:] if a != "--resume"] + ["--resume"]
+        again = f"; {state}; go on with: {start} train.py {shlex.join(argv)}" if state else ""
+        say(f"interrupted{again}")
+        sys.exit(128 + number)  # as a shell has it
 
 
 if __name__ == "__main__":
