@@ -1629,7 +1629,8 @@ def test_torchruns_processes_end_the_same_update_on_a_signal_and_refuse_what_can
     assert run.returncode != 0 and text.count(f"holds step {step} of 99999") == 2, text
     assert "go on with: torchrun --nproc-per-node 2 train.py" in text
     run = torchrun(3, *common, "--block=all")
-    assert "3 processes cannot be dealt over 2 blocks" in run.communicate(timeout=300)[0] and run.returncode != 0
+    text, _ = run.communicate(timeout=300)
+    assert "3 processes cannot be dealt over 2 blocks" in text and run.returncode != 0
 
 
 def test_killing_one_blocks_job_leaves_the_others_to_finish(text_file, tmp_path):
@@ -1642,6 +1643,83 @@ def test_killing_one_blocks_job_leaves_the_others_to_finish(text_file, tmp_path)
     text, _ = jobs[1].communicate(timeout=300)
     assert jobs[1].returncode == 0 and train.load(tmp_path / "gpt/block_1.pt", "gpt")["step"] == 40, text
     assert train.load(tmp_path / "gpt/block_0.pt", "gpt")["step"] < 99999
+
+
+class Known(torch.nn.Module):
+    """A network whose bytes can be written down."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Linear(30, 50, bias=False)
+        self.layers = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(50, 50), torch.nn.Sigmoid())
+                                          for _ in range(3))
+        self.register_buffer("table", torch.ones(7))
+
+    def loss(self, batch):
+        h = self.embed(batch)
+        for layer in self.layers:
+            h = layer(h)
+        return h.exp().mean()
+
+
+def test_the_memory_meter_agrees_with_a_network_whose_bytes_are_known():
+    net, n = Known(), 40
+    optimizer = torch.optim.AdamW(net.parameters())
+    found = train.measure_memory(net, optimizer, torch.randn(n, 30), torch.device("cpu"))
+    embed, layers = 4 * 30 * 50, 4 * 3 * (50 * 50 + 50)
+    steps = 4 * 7                                      # AdamW counts them for each of seven tensors
+    assert found["weights"] == embed + layers + 4 * 7 and found["gradients"] == embed + layers
+    assert found["optimizer"] == 2 * (embed + layers) + steps
+    # the input, h before the layers, each layer's output, exp's output; a sigmoid is saved as it comes out
+    assert found["activations"] == 4 * n * (30 + 50 + 3 * 50 + 50)
+    assert found["interface, activations"] == 4 * n * (30 + 50)
+    assert found["interface, state"] == 4 * embed + 4 * 7 + 4
+    least = found["weights"] + found["optimizer"] + found["activations"] - 4 * n * 30
+    assert least < found["peak"] < least + found["gradients"] + 4 * n * 50 * 4
+    train.checkpoint_layers(net)
+    again = train.measure_memory(net, optimizer, torch.randn(n, 30), torch.device("cpu"))
+    assert again["activations"] == 4 * n * (30 + 3 * 50 + 50)               # each layer's input, not more
+    assert {k: found[k] for k in ("weights", "gradients", "optimizer")} == {
+        k: again[k] for k in ("weights", "gradients", "optimizer")}
+
+
+@pytest.mark.parametrize("part", ["--block=0", "--end-to-end"])
+@pytest.mark.parametrize("model", train.MODELS)
+def test_checkpointed_activations_are_fewer_and_change_no_bit(model, part, data_dir, text_file, tmp_path):
+    flags = [f for f in small(model, text_file, "--steps=3") if f != "--block=0"]
+    flags += ["--dropout=.1"] * (model in ("vit", "dit"))
+    train.run([*flags, part, f"--out={tmp_path}/a"])
+    train.run([*flags, part, f"--out={tmp_path}/b", "--checkpoint-activations"])
+    name = f"{model}/{'block_0' if 'block' in part else 'end_to_end'}.pt"
+    assert net_bits(tmp_path / "a" / name) == net_bits(tmp_path / "b" / name)
+    train.run([*flags, "--memory", f"--out={tmp_path}/a"])
+    report = json.loads((tmp_path / f"a/{model}/memory.json").read_text())
+    rows = report["tables"]["memory of one update, MB"]
+    assert list(rows) == [name + more for name in ("end to end", "one block")
+                          for more in ("", ", activations checkpointed")]
+    for name in ("end to end", "one block"):
+        assert rows[name + ", activations checkpointed"]["activations"] < .6 * rows[name]["activations"]
+    assert report["tables"]["of end to end, %"]["end to end"] == dict.fromkeys(
+        ("weights, gradients, optimizer", "activations", "peak"), 100)
+
+
+@pytest.mark.parametrize("flags", [
+    "--model=mdm --preset=text8 --seq-len=64", "--model=dit --preset=cifar10 --image-size=8",
+    "--model=vit --preset=cifar100 --image-size=8"])
+def test_a_block_of_the_papers_width_needs_its_share_of_memory(flags):
+    """A third, and the interface: as --memory measures, with two short examples."""
+    args, module, preset = train.parse([*flags.split(), "--memory"])
+    c = train.settle(module.Config, preset, args)
+    batch = torch.randint(256, (2, c.seq_len + 1)) if module is mdm else (
+        torch.randn(2, 3, 8, 8), torch.tensor([1, 2]))
+    facts = {"n_channel": 3, "n_class": 10, **({"data_std": .5} if module is dit else {})}
+    c = replace(c, **({"vocab_size": 256} if module is mdm else facts))
+    training = train.settle(train.Training, preset, args)
+    rows = [train.measure_memory(net, train.make_optimizer(net, training, torch.device("cpu")), batch,
+                                 torch.device("cpu")) for net in (module.EndToEnd(c), module.Block(c, 0))]
+    held = [sum(row[k] for k in ("weights", "gradients", "optimizer")) for row in rows]
+    assert held[1] / held[0] < 1 / 3 + .05
+    assert rows[1]["activations"] / rows[0]["activations"] < 1 / 3 + .08
 
 
 def damaged(data, chance):

@@ -14,10 +14,12 @@ import argparse
 import contextlib
 import copy
 import fcntl
+import functools
 import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -40,6 +42,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 
 MODELS = ("gpt", "vit", "dit", "mdm", "recurrent")
 
@@ -56,6 +59,7 @@ class Training:
     warmup: int = 50                # updates of linear warm-up, counted for each block by itself
     final_lr: float = 0.05          # where the cosine ends, as a fraction of lr
     clip: float = 1.0               # largest gradient norm
+    checkpoint_activations: bool = False  # keep only each layer's input and compute the layer twice
     ema: float = 0.0                # decay of a running mean of the weights, at most (1+n)/(10+n); 0: none
     seed: int = 0                   # a block's random stream is a function of (seed, block) alone
     threads: int = 0                # CPU threads; 0: all cores. Same number, same bits
@@ -86,7 +90,7 @@ class ImageTraining(Training):
 
 # what may differ between a checkpoint and the command that resumes it: none of these changes a weight
 FREE = {"data", "split", "column", "image_column", "label_column", "device", "out", "resume", "log_every",
-        "save_every", "save_minutes"}
+        "save_every", "save_minutes", "checkpoint_activations"}
 
 
 class UserError(Exception):
@@ -153,19 +157,20 @@ def parse(argv):
     what.add_argument("--end-to-end", action="store_true", help="train the baseline")
     what.add_argument("--control", action="store_true", help="train the control, one block's worth of layers")
     what.add_argument("--eval", action="store_true", help="score the blocks beside baseline and control")
+    what.add_argument("--memory", action="store_true", help="measure what an update needs, term by term")
     what.add_argument("--sample", action="store_true", help="generate")
     add_flags(parser.add_argument_group("training"), LOADERS[module.DATA].settings, preset)
     add_flags(parser.add_argument_group(f"model {known.model}"), module.Config, preset)
     add_flags(parser.add_argument_group("sampling"), module.Sampling, preset)
     args = vars(parser.parse_args(argv))
-    chosen = [k for k in ("block", "end_to_end", "control", "eval", "sample") if args[k]]
+    chosen = [k for k in ("block", "end_to_end", "control", "eval", "memory", "sample") if args[k]]
     if "steps" in args:
         if "epochs" in args:
             raise UserError("give --steps or --epochs, not both")
         args["epochs"] = 0.0  # a preset's epochs do not outvote what was typed
     if len(chosen) != 1 and chosen not in (["end_to_end", "sample"], ["control", "sample"]):
-        raise UserError("say what to do, one thing: --block N, --block all, --end-to-end, --control, --eval "
-                        "or --sample")
+        raise UserError("say what to do, one thing: --block N, --block all, --end-to-end, --control, --eval, "
+                        "--memory or --sample")
     return args, module, preset
 
 
@@ -1109,6 +1114,10 @@ def memory(device):
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
 def rng_state(device):
     """The random streams of the CPU and, if there is one, of the accelerator."""
     more = {"cuda": torch.cuda.get_rng_state, "mps": lambda _: torch.mps.get_rng_state()}.get(device.type)
@@ -1146,6 +1155,13 @@ def update_average(average, net, decay, step):
     9 / (1 - decay) updates the first weights would weigh too much."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+
+
+def checkpoint_layers(net):
+    """Let each layer keep its input alone for the backward pass, which computes the rest a second time."""
+    for layers in list(net.modules()):
+        for layer in layers if isinstance(layers, nn.ModuleList) else ():
+            layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
 
 
 def make_optimizer(net, training, device):
@@ -1262,6 +1278,8 @@ def train(module, model, part, config, training, data, device, resume, group):
     torch.manual_seed(seed_of(training.seed, part))
     net = build(module, config, part).to(device)
     average = copy.deepcopy(net).eval() if training.ema else None
+    if training.checkpoint_activations:
+        checkpoint_layers(net)
     optimizer = make_optimizer(net, training, device)
     step, streams = 0, begin_streams(training.seed, part, n_pieces, device)
 
@@ -1334,6 +1352,112 @@ def train(module, model, part, config, training, data, device, resume, group):
                 progress("")
                 raise Interrupted(int(stop), f"{path} holds step {step} of {steps}")
         tell(f"done: {path}, peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
+
+
+# -----------------------------------------------------------------------------------------------------------
+# What an update costs
+
+def storages(tensors):
+    """{address: bytes} of the storages that tensors lie in, each counted once."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+
+
+def measure_memory(net, optimizer, batch, device):
+    """{what: bytes} of an update of a network, measured at its second: weights and buffers, gradients, the
+    optimizer's state, activations that are saved for the backward pass, the most that is there at once; and
+    what of the state and of the activations is the interface's, that is, not in the layers."""
+    layers = [layer for m in net.modules() if isinstance(m, nn.ModuleList) for layer in m]
+    interface = set(net.parameters()) - {p for layer in layers for p in layer.parameters()}
+    fixed, gradients = storages([*net.parameters(), *net.buffers()]), {}
+    saved, where = {"layers": {}, "interface": {}}, ["interface"]
+
+    def pack(t):
+        saved[where[-1]].update({k: v for k, v in storages([t]).items() if k not in fixed})
+        return t
+
+    def update():
+        for found in saved.values():
+            found.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            loss = net.loss(batch)
+        loss.backward()
+        gradients.update({p: sum(storages([p.grad]).values()) for p in net.parameters()})
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def state(p):
+        return sum(storages([t for t in optimizer.state[p].values() if torch.is_tensor(t)]).values())
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: where.append("layers"))
+        layer.register_forward_hook(lambda *_: where.pop() and None)
+    update()  # in which the optimizer makes its state
+    peak = peak_during(update, device)
+    weights, moments = sum(fixed.values()), sum(map(state, net.parameters()))
+    return {"weights": weights, "gradients": sum(gradients.values()), "optimizer": moments,
+            "activations": sum((saved["layers"] | saved["interface"]).values()),
+            "peak": weights + moments + peak,
+            "interface, state": sum(storages([*interface, *net.buffers()]).values()) + sum(
+                gradients[p] + state(p) for p in interface),
+            "interface, activations": sum(saved["interface"].values())}
+
+
+def peak_during(function, device):
+    """The most bytes that were allocated at once while a function ran, beyond those there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        function()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(itertools.accumulate(e.nbytes() for e in events))
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without what libraries write to the standard error by themselves."""
+    sys.stderr.flush()
+    with open(os.devnull, "w") as nothing, open(os.dup(2), "w") as old:
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(old.fileno(), 2)
+
+
+def memory_table(module, model, config, training, data, device):
+    """Print and save what one update needs, end to end and of the largest block, without and with activations
+    checkpointed."""
+    blocks = [f"block_{b}" for b in range(config.n_blocks)]
+    largest = max(blocks, key=lambda part: parameters(module, config, [part]))
+    rows, batch = {}, data.batch(training.batch_size // training.accumulate, config, 0)
+    for part in ("end_to_end", largest):
+        for checkpointed in (False, True):
+            net = build(module, config, part).to(device)
+            if checkpointed:
+                checkpoint_layers(net)
+            name = (part if part == "end_to_end" else "one_block").replace("_", " ")
+            name += ", activations checkpointed" if checkpointed else ""
+            rows[name] = measure_memory(net, make_optimizer(net, training, device), batch, device)
+            if training.ema:
+                mean = sum(p.untyped_storage().nbytes() for p in copy.deepcopy(net).parameters())
+                rows[name] |= {"running mean": mean, "peak": rows[name]["peak"] + mean}
+            progress(f"measured: {name}")
+    progress("")
+    base = rows["end to end"]
+    held = ("weights", "gradients", "optimizer")
+    tables = {"memory of one update, MB": {
+        name: {k: v / 1e6 for k, v in row.items()} for name, row in rows.items()}, "of end to end, %": {
+        name: {"weights, gradients, optimizer": 100 * sum(row[k] for k in held) / sum(base[k] for k in held),
+               "activations": 100 * row["activations"] / base["activations"],
+               "peak": 100 * row["peak"] / base["peak"]} for name, row in rows.items()}}
+    show(tables)
+    path = Path(training.out) / model / "memory.json"
+    save_report(path, model, asdict(config), asdict(training), data, device, tables)
+    say(f"\nsaved {path}")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1431,6 +1555,23 @@ def write_arrays(folder, results):
         say(f"saved {path}")
 
 
+def save_report(path, model, config, training, data, device, tables, **more):
+    """Write tables with all that they depend on. Raises UserError."""
+    about = {"model": model, "config": config,
+             "training": {k: v for k, v in training.items() if k not in FREE},
+             "data": data.meta | {"fingerprint": data.fingerprint},
+             "torch": str(torch.__version__), "python": platform.python_version(),
+             "device": device_name(device), "threads": torch.get_num_threads()}
+    try:
+        text = json.dumps(about | more | {"tables": tables}, indent=1, allow_nan=False)
+    except ValueError:
+        raise UserError(f"a figure above is not finite, so {path} was not written; train longer, or with a "
+                        f"lower --lr") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as f:
+        f.write(text.encode())
+
+
 def evaluate(module, model, args, training, sampling, device):
     began = time.time()
     blocks, state = assemble(module, model, training.out, args, device)
@@ -1462,19 +1603,8 @@ def evaluate(module, model, args, training, sampling, device):
     show(tables)
     path = Path(training.out) / model / "eval.json"
     write_arrays(path.parent, arrays)
-    about = {"model": model, "config": state["config"], "updates": updates,
-             "training": {k: v for k, v in state["training"].items() if k not in FREE},
-             "sampling": asdict(sampling),
-             "data": data.meta | {"fingerprint": data.fingerprint}, "torch": str(torch.__version__),
-             "python": platform.python_version(), "device": str(device), "threads": training.threads,
-             "seconds": round(time.time() - began, 1)}
-    try:
-        text = json.dumps(about | {"tables": tables}, indent=1, allow_nan=False)
-    except ValueError:
-        raise UserError(f"a figure above is not finite, so {path} was not written; train longer, or with a "
-                        f"lower --lr") from None
-    with replacing(path) as f:
-        f.write(text.encode())
+    save_report(path, model, state["config"], state["training"], data, device, tables,
+                updates=updates, sampling=asdict(sampling), seconds=round(time.time() - began, 1))
     say(f"\nsaved {path}; peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
 
 
@@ -1558,6 +1688,8 @@ def run(argv):
         module.check(config)  # again, now that the data's sizes are known
     except ValueError as e:
         raise UserError(str(e)) from None
+    if args["memory"]:
+        return memory_table(module, model, config, training, data, device)
     here, several = Path(training.out) / model, len(parts) > 1
     own, group = deal(parts, ranks.get("rank", 0), ranks.get("world_size", 1))
     if group.size > 1:
