@@ -415,6 +415,14 @@ def denoising_loss(nets, images, label, sigma):
     return (block.noise.weight(level) * error).mean().item()
 
 
+def sampling_step(block, n):
+    """A function that evaluates a block, or a baseline, once for n images, as a step of the sampler does."""
+    c, device = block.config, block.position.device
+    z = torch.randn(n, c.n_channel, c.image_size, c.image_size, device=device)
+    sigma, label = torch.ones(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
+    return lambda: block(z, sigma, label)
+
+
 @torch.no_grad()
 def step_times(models, n=64, rounds=15):
     """{name: median milliseconds of one evaluation for n images}, interleaved, mean over a model's blocks."""
@@ -422,11 +430,9 @@ def step_times(models, n=64, rounds=15):
     for _ in range(rounds):
         for name, nets in models.items():
             for block, seconds in zip(nets, times[name]):
-                c, device = block.config, block.position.device
-                z = torch.randn(n, c.n_channel, c.image_size, c.image_size, device=device)
-                sigma, label = torch.ones(n, device=device), torch.zeros(n, dtype=torch.long, device=device)
+                evaluation = sampling_step(block, n)
                 began = time.perf_counter()
-                block(z, sigma, label).sum().item()  # .item() waits for the device
+                evaluation().sum().item()  # .item() waits for the device
                 seconds.append(1000 * (time.perf_counter() - began))
     return {name: statistics.mean(map(statistics.median, each)) for name, each in times.items()}
 

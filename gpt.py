@@ -400,6 +400,18 @@ def denoise_token(blocks, x, contexts, temperature, euler_steps):
     return (d @ table.T).argmax(-1)                                                             # (N, T)
 
 
+def sampling_step(net, n):
+    """A function that evaluates a block, or a baseline, once for the last token of n windows, the rest of
+    which is in a cache."""
+    x = torch.zeros(n, net.config.seq_len, dtype=torch.long, device=net.embed.weight.device)
+    if isinstance(net, EndToEnd):
+        _, cache = net(x[:, 1:])
+        return lambda: net(x[:, :1], cache)
+    context, sigma = net.context(x), torch.ones(n, device=x.device)
+    z = torch.randn(n, 1, net.config.n_embd, device=x.device)
+    return lambda: net.denoise(x[:, :1], z, sigma, context)
+
+
 def choose(logits, temperature, top_k):
     """A token (N,) from logits (N, V): softmax with a temperature (0: the most probable), among the top_k if
     not 0."""

@@ -277,6 +277,14 @@ def fill(nets, z, sampling):
     return z
 
 
+def sampling_step(net, n):
+    """A function that evaluates a block, or a baseline, once for n windows, as a move does."""
+    device = net.embed.weight.device
+    z = torch.full((n, net.config.seq_len), net.noise.mask_id, device=device)
+    t = torch.ones(n, device=device)
+    return lambda: net(z, t)
+
+
 def sample(nets, sampling, tokenizer):
     """The user's prompts with their gaps filled, as one printable text. Raises ValueError."""
     net = nets[0] if isinstance(nets, list) else nets

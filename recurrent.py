@@ -475,6 +475,18 @@ def chain(noise, n_passes):
     return noise.steps(n_passes) if n_passes > 1 else noise.steps(2)[:1]
 
 
+def sampling_step(net, n):
+    """A function of one pass for the last token of n windows, the rest of which is in a cache."""
+    x = torch.zeros(n, net.config.seq_len, dtype=torch.long, device=net.embed.weight.device)
+    if isinstance(net, EndToEnd):
+        _, cache = net(x[:, 1:], 1, {})
+        return lambda: net(x[:, :1], 1, cache)
+    (e, _), sigma = net.condition(x), torch.ones(n, device=x.device)
+    z = torch.randn(n, net.config.seq_len, net.config.n_embd, device=x.device)
+    context = net.context(e, z, sigma)
+    return lambda: net.denoise(e[:, :1], z[:, :1], sigma, context, net.config.seq_len)
+
+
 def choose(logits, temperature, top_k):
     """A token (N,) from logits (N, V): softmax with a temperature (0: the most probable), among the top_k if
     not 0."""

@@ -976,8 +976,8 @@ def test_the_standard_fid_is_asked_of_torch_fidelity(monkeypatch):
 
 
 def test_code_of_the_same_name_is_the_same_code():
-    own = {"Config", "Sampling", "Block", "EndToEnd", "check", "check_sampling", "sample", "evaluate",
-           "next_token"}  # asked for by the shared `generate`
+    own = {"Config", "Sampling", "Block", "EndToEnd", "check", "check_sampling", "sample", "sampling_step",
+           "evaluate", "next_token"}  # the last asked for by the shared `generate`
     variants = {("recurrent", "control")}                                  # it has no n_layer to cut
     seen, shared = {}, set()
     for name in train.MODELS:
@@ -1703,6 +1703,31 @@ def test_checkpointed_activations_are_fewer_and_change_no_bit(model, part, data_
         ("weights, gradients, optimizer", "activations", "peak"), 100)
 
 
+@pytest.mark.parametrize("model", train.MODELS)
+def test_the_benchmark_gives_every_part_its_turn(model, data_dir, text_file, tmp_path, monkeypatch, capsys):
+    turns, real = [], train.update
+
+    def record(learner, *rest):
+        turns.append(learner.net.title)
+        return real(learner, *rest)
+    monkeypatch.setattr(train, "update", record)
+    flags = [f for f in small(model, text_file) if f != "--block=0"]
+    train.run([*flags, "--bench", "3", f"--out={tmp_path}"])
+    report = json.loads((tmp_path / model / "bench.json").read_text())
+    updates, steps = report["tables"].values()
+    blocks = [f"block {b}" for b in range(report["config"]["n_blocks"])]
+    assert list(updates) == ["end to end", "control", *blocks, "all blocks"]
+    assert list(steps) == ["end to end", "control", *blocks]
+    n = len(steps)
+    assert turns == turns[:n] * (2 + 3)                # two rounds to warm up, and three
+    assert updates["all blocks"]["ms"] == pytest.approx(sum(updates[b]["ms"] for b in blocks))
+    for row in updates.values():
+        assert row["of end to end, %"] == pytest.approx(100 * row["ms"] / updates["end to end"]["ms"])
+    if model in ("vit", "dit", "mdm"):                 # operations, unlike times, can be counted
+        done = [row["TFLOP per second"] * row["ms"] for row in updates.values() if "TFLOP per second" in row]
+        assert .3 < done[2] / done[0] < .7 and done[2] == pytest.approx(done[3])
+
+
 @pytest.mark.parametrize("flags", [
     "--model=mdm --preset=text8 --seq-len=64", "--model=dit --preset=cifar10 --image-size=8",
     "--model=vit --preset=cifar100 --image-size=8"])
@@ -1890,6 +1915,7 @@ def test_bits_per_byte_is_a_ratio_of_sums_with_its_standard_error():
     (["--block=0", "--tokenizer=gpt9", "--data={short}"], "gpt9"),
     (["--block=0", "--data={short}"], "too few"), (["--block=0", "--data={empty}"], "empty"),
     (["--block=0", "--resume", "--out={tmp}/none"], "does not exist"),
+    (["--bench", "1"], "--bench"), (["--block=0", "--save-minutes=-1"], "--save-minutes"),
     (["--eval", "--out={tmp}"], "--block 0")])
 def test_bad_input_gets_one_clear_line(args, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "short.txt").write_text("too short\n" * 9)

@@ -5,11 +5,12 @@
     python train.py --model gpt --end-to-end    the baseline: all layers, backpropagation through all of them
     python train.py --model gpt --control       the control: one block's worth of layers, end to end
     python train.py --model gpt --eval          assemble out/gpt and score it beside baseline and control
+    python train.py --model gpt --memory        what an update needs, term by term (--bench: how long it takes)
     python train.py --model gpt --sample        generate from the blocks (or --end-to-end: the baseline)
 
 This file holds flags, data, one training loop and checkpoints; it knows nothing of noise levels. A model file
-offers Config, PRESETS, Sampling, DATA, check, check_sampling, Block, EndToEnd, control, evaluate, sample, and
-JUDGE if it is scored by another model's baseline. """
+offers Config, PRESETS, Sampling, DATA, check, check_sampling, Block, EndToEnd, control, evaluate, sample,
+sampling_step, and JUDGE if it is scored by another model's baseline. """
 import argparse
 import contextlib
 import copy
@@ -29,6 +30,7 @@ import resource
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import sysconfig
 import time
@@ -43,6 +45,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.flop_counter import FlopCounterMode
 
 MODELS = ("gpt", "vit", "dit", "mdm", "recurrent")
 
@@ -158,19 +161,24 @@ def parse(argv):
     what.add_argument("--control", action="store_true", help="train the control, one block's worth of layers")
     what.add_argument("--eval", action="store_true", help="score the blocks beside baseline and control")
     what.add_argument("--memory", action="store_true", help="measure what an update needs, term by term")
+    what.add_argument("--bench", type=int, nargs="?", const=30, metavar="ROUNDS",
+                      help="time updates and sampling of all parts in turn, 30 rounds unless told")
     what.add_argument("--sample", action="store_true", help="generate")
     add_flags(parser.add_argument_group("training"), LOADERS[module.DATA].settings, preset)
     add_flags(parser.add_argument_group(f"model {known.model}"), module.Config, preset)
     add_flags(parser.add_argument_group("sampling"), module.Sampling, preset)
     args = vars(parser.parse_args(argv))
-    chosen = [k for k in ("block", "end_to_end", "control", "eval", "memory", "sample") if args[k]]
+    chosen = [k for k in ("block", "end_to_end", "control", "eval", "memory", "bench", "sample")
+              if args[k]]
     if "steps" in args:
         if "epochs" in args:
             raise UserError("give --steps or --epochs, not both")
         args["epochs"] = 0.0  # a preset's epochs do not outvote what was typed
     if len(chosen) != 1 and chosen not in (["end_to_end", "sample"], ["control", "sample"]):
         raise UserError("say what to do, one thing: --block N, --block all, --end-to-end, --control, --eval, "
-                        "--memory or --sample")
+                        "--memory, --bench or --sample")
+    if args["bench"] is not None and args["bench"] < 2:
+        raise UserError("--bench needs at least 2 rounds")
     return args, module, preset
 
 
@@ -1173,35 +1181,82 @@ def make_optimizer(net, training, device):
     return torch.optim.AdamW(groups, betas=(0.9, training.beta2), fused=device.type == "cuda")
 
 
-def begin_streams(seed, part, n, device):
-    """Random streams of the n pieces of a batch; the first goes on where building the network ended."""
+@dataclass
+class Learner:
+    """A network in training with all that an update changes."""
+    net: nn.Module
+    average: nn.Module | None       # running mean of its weights
+    optimizer: torch.optim.Optimizer
+    loss_of: Callable               # net.loss, or that with the gradients averaged over the group
+    streams: list                   # random streams of the pieces that a batch is cut into
+    own: range                      # the pieces that this process computes
+
+
+def begin(module, config, part, training, device, group=Group()):
+    """A Learner of a part, before its first update: a function of (seed, part) and the settings alone."""
+    torch.manual_seed(seed_of(training.seed, part))
+    net = build(module, config, part).to(device)
+    average = copy.deepcopy(net).eval() if training.ema else None
+    if training.checkpoint_activations:
+        checkpoint_layers(net)
+    # each piece has a random stream of its own, whichever process computes it; the first goes on from here
     streams = [rng_state(device)]
-    for i in range(1, n):
-        torch.manual_seed(seed_of(seed, f"{part} {i}"))
+    for i in range(1, training.accumulate * group.size):
+        torch.manual_seed(seed_of(training.seed, f"{part} {i}"))
         streams.append(rng_state(device))
-    return streams
+    own = range(group.rank * training.accumulate, (group.rank + 1) * training.accumulate)
+    loss_of = distributed(net, device) if group.size > 1 else net.loss
+    return Learner(net.train(), average, make_optimizer(net, training, device), loss_of, streams, own)
 
 
-def checkpoint(path, about, step, net, average, optimizer, streams):
+def update(learner, data, config, training, step, steps, device):
+    """Update number step + 1. Returns the mean loss of this process's pieces, which is not finite if a
+    gradient is not. Waits for the device nowhere."""
+    net, own, n_pieces = learner.net, learner.own, len(learner.streams)
+    for settings in learner.optimizer.param_groups:
+        settings["lr"] = lr_at(step, training, steps)
+    total = 0.0
+    for i in own:
+        set_rng_state(learner.streams[i], device)
+        # processes exchange gradients once, with the last piece
+        later = n_pieces > len(own) and i != own[-1]
+        with learner.loss_of.no_sync() if later else contextlib.nullcontext():
+            batch = data.batch(training.batch_size // n_pieces, config, step * n_pieces + i)
+            loss = learner.loss_of(batch) / len(own)
+            loss.backward()
+        learner.streams[i] = rng_state(device)
+        total = total + loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(net.parameters(), training.clip)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    if learner.average is not None:
+        update_average(learner.average, net, training.ema, step + 1)
+    return total + 0.0 * norm
+
+
+def checkpoint(path, about, step, learner):
     """All that the run needs to go on to the same bits: settings, step, weights, moments, random streams."""
-    state = about | {"step": step, "net": net.state_dict(), "optimizer": optimizer.state_dict(),
-                     "streams": streams, "torch": str(torch.__version__)}
+    state = about | {"step": step, "net": learner.net.state_dict(), "streams": learner.streams,
+                     "optimizer": learner.optimizer.state_dict(), "torch": str(torch.__version__)}
+    if learner.average is not None:
+        state["average"] = learner.average.state_dict()
     with replacing(path) as f:
-        torch.save(state | ({"average": average.state_dict()} if average is not None else {}), f)
+        torch.save(state, f)
 
 
-def restore(path, about, net, average, optimizer):
-    """Put a checkpoint into networks and optimizer; returns its step and random streams. Raises UserError."""
+def restore(path, about, learner):
+    """Put a checkpoint into a learner; returns its step. Raises UserError."""
     state = load(path, about["model"])
     try:
         changed = differing(state, about, "config", "training")
         if changed:
             raise UserError(f"cannot resume {path}, trained with other settings: {', '.join(changed)}")
-        net.load_state_dict(state["net"])
-        if average is not None:
-            average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        return state["step"], state["streams"]
+        learner.net.load_state_dict(state["net"])
+        if learner.average is not None:
+            learner.average.load_state_dict(state["average"])
+        learner.optimizer.load_state_dict(state["optimizer"])
+        learner.streams = state["streams"]
+        return state["step"]
     except (KeyError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{path} does not fit this version of the program; train it again without "
                         f"--resume") from None
@@ -1265,63 +1320,32 @@ def train(module, model, part, config, training, data, device, resume, group):
     path, steps = folder / f"{part}.pt", training.steps
     if training.epochs:
         steps = math.ceil(training.epochs * data.length(config) / training.batch_size)
-    # a batch is cut into pieces, each with a random stream of its own, whichever process computes it
     n_pieces = training.accumulate * group.size
-    own = range(group.rank * training.accumulate, (group.rank + 1) * training.accumulate)
     if training.batch_size % n_pieces:
         raise UserError(f"--batch-size {training.batch_size} must be a multiple of {n_pieces}: "
                         f"{group.size} processes train {part}, with --accumulate {training.accumulate}")
-    size = training.batch_size // n_pieces
     about = {"model": model, "part": part, "steps": steps, "config": asdict(config),
              "training": asdict(replace(training, accumulate=n_pieces)),
              "data": data.meta | {"fingerprint": data.fingerprint}}
-    torch.manual_seed(seed_of(training.seed, part))
-    net = build(module, config, part).to(device)
-    average = copy.deepcopy(net).eval() if training.ema else None
-    if training.checkpoint_activations:
-        checkpoint_layers(net)
-    optimizer = make_optimizer(net, training, device)
-    step, streams = 0, begin_streams(training.seed, part, n_pieces, device)
-
-    leads = group.rank == 0  # the first of a group writes what there is to write
-    tell = say if leads else lambda text: None
+    learner = begin(module, config, part, training, device, group)
+    net, leads = learner.net, group.rank == 0  # the first of a group writes what there is to write
     with open_log(folder, part) if leads else contextlib.nullcontext() as log:
-        if resume:
-            step, streams = restore(path, about, net, average, optimizer)
+        first = step = restore(path, about, learner) if resume else 0
         if leads:
             rewind(log, step)
-        parts = [f"block_{b}" for b in range(config.n_blocks)] if part.startswith("block_") else [part]
-        trained, whole = parameters(module, config, [part]), parameters(module, config, parts)
-        tell(f"{model} {net.describe()}")
-        tell(f"parameters trained: {trained:,} of {whole:,} in the whole model; device {device}, "
-             f"{training.threads} CPU threads{f', {group.size} processes' if group.size > 1 else ''}; "
-             f"from step {step} of {steps}")
-
-        loss_of = distributed(net, device) if group.size > 1 else net.loss
-        held_out = data.held_out(4 * training.batch_size, config)
-        total, since, first, began = 0.0, 0, step, time.time()
+            parts = [f"block_{b}" for b in range(config.n_blocks)] if part.startswith("block_") else [part]
+            trained, whole = parameters(module, config, [part]), parameters(module, config, parts)
+            say(f"{model} {net.describe()}")
+            say(f"parameters trained: {trained:,} of {whole:,} in the whole model; device {device}, "
+                f"{training.threads} CPU threads{f', {group.size} processes' if group.size > 1 else ''}; "
+                f"from step {step} of {steps}")
+        held_out, size = data.held_out(4 * training.batch_size, config), training.batch_size // n_pieces
+        total, since, began = 0.0, 0, time.time()
         saved = began
-        net.train()
         while step < steps:
-            for settings in optimizer.param_groups:
-                settings["lr"] = lr_at(step, training, steps)
-            for i in own:
-                set_rng_state(streams[i], device)
-                # processes exchange gradients once, with the last piece
-                with loss_of.no_sync() if group.size > 1 and i != own[-1] else contextlib.nullcontext():
-                    loss = loss_of(data.batch(size, config, step * n_pieces + i)) / len(own)
-                    loss.backward()
-                streams[i] = rng_state(device)
-                total = total + loss.detach()  # no .item(): on a GPU that would wait for the device each time
-            norm = torch.nn.utils.clip_grad_norm_(net.parameters(), training.clip)
-            total = total + 0.0 * norm  # a gradient that is not finite makes the loss reported nan, too
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            total = total + update(learner, data, config, training, step, steps, device)
             step, since = step + 1, since + 1
-            if average is not None:
-                update_average(average, net, training.ema, step)
             progress(f"{net.title} | step {step}/{steps}")
-
             due = bool(training.save_minutes) and time.time() - saved > 60 * training.save_minutes
             stop, due = over_group([STOP["signal"], due], group, dist.ReduceOp.MAX)
             logs = step % training.log_every == 0 or step == steps
@@ -1331,10 +1355,12 @@ def train(module, model, part, config, training, data, device, resume, group):
                 if not math.isfinite(mean):
                     kept = f"{path} holds the last good step" if path.exists() else "nothing was saved yet"
                     raise UserError(f"the loss of {part} is {mean} by step {step}; {kept}; try a lower --lr")
+            if logs:
+                total, since = 0.0, 0
             if logs and leads:
                 row = {"part": part, "title": net.title, "step": step, "loss": mean,
-                       "val_loss": validate(net if average is None else average, held_out, size),
-                       "lr": optimizer.param_groups[0]["lr"],
+                       "val_loss": validate(learner.average or net, held_out, size),
+                       "lr": learner.optimizer.param_groups[0]["lr"],
                        "ms": 1000 * (time.time() - began) / (step - first), "memory_mb": memory(device)}
                 row["minutes_left"] = (steps - step) * row["ms"] / 60000
                 progress("")
@@ -1342,16 +1368,15 @@ def train(module, model, part, config, training, data, device, resume, group):
                     f"lr {row['lr']:.1e} | {row['ms']:.0f} ms/step | {row['memory_mb']:.0f} MB | "
                     f"{row['minutes_left']:.1f} min left")
                 log.write(json.dumps(row) + "\n")
-            if logs:
-                total, since = 0.0, 0
             if saves:
-                streams, saved = gather(streams, own, group), time.time()
+                learner.streams, saved = gather(learner.streams, learner.own, group), time.time()
                 if leads:
-                    checkpoint(path, about, step, net, average, optimizer, streams)
+                    checkpoint(path, about, step, learner)
             if stop and step < steps:
                 progress("")
                 raise Interrupted(int(stop), f"{path} holds step {step} of {steps}")
-        tell(f"done: {path}, peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
+        if leads:
+            say(f"done: {path}, peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -1426,6 +1451,61 @@ def quiet():
             yield
         finally:
             os.dup2(old.fileno(), 2)
+
+
+# dense bf16 products a second, by a part of the GPU's name (the makers' data sheets)
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def timed(function, device):
+    """Seconds until a function's work is done, on the device too."""
+    began = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def bench(module, model, config, training, data, device, rounds):
+    """Print and save the time of an update, and of a step of sampling, of the baseline, of the control and of
+    every block: median and quartiles over rounds in each of which every one has its turn."""
+    parts = ["end_to_end", "control", *(f"block_{b}" for b in range(config.n_blocks))]
+    learners = {part: begin(module, config, part, training, device) for part in parts}
+    updates, steps, flops = ({part: [] for part in parts} for _ in range(3))
+    with torch.no_grad():
+        sampling = {part: module.sampling_step(learner.net, 16) for part, learner in learners.items()}
+    for i in range(rounds + 2):  # two to warm up, in the first of which operations are counted
+        for part, learner in learners.items():
+            progress(f"round {i - 1} of {rounds}: {part}")
+            with FlopCounterMode(display=False) if i == 0 else contextlib.nullcontext() as counter:
+                updates[part].append(timed(
+                    lambda: update(learner, data, config, training, i, rounds + 2, device), device))
+            if i == 0:
+                flops[part] = counter.get_total_flops()
+            with torch.no_grad():
+                steps[part].append(timed(sampling[part], device))
+    progress("")
+    quartiles = {part: statistics.quantiles(u[2:], n=4) for part, u in updates.items()}
+    ms = {part: 1000 * q[1] for part, q in quartiles.items()} | {
+        "all blocks": 1000 * sum(quartiles[part][1] for part in parts[2:])}
+    steps = {part: 1000 * statistics.median(s[2:]) for part, s in steps.items()}
+    name, per_update = device_name(device), training.batch_size * getattr(config, "seq_len", 1)
+    peak = next((n for gpu, n in PEAK_FLOPS.items() if gpu in name), None)
+    table = {part.replace("_", " "): {"ms": t, "of end to end, %": 100 * t / ms["end_to_end"]}
+             for part, t in ms.items()}
+    for part, (low, middle, high) in quartiles.items():
+        table[part.replace("_", " ")] |= {
+            "quartiles, ms": f"{1000 * low:.4g} to {1000 * high:.4g}",
+            f"{'tokens' if hasattr(config, 'seq_len') else 'images'} per second": per_update / middle,
+            "TFLOP per second": flops[part] / middle / 1e12} | (
+                {"of the device's peak, %": 100 * flops[part] / middle / peak} if peak else {})
+    tables = {f"one update of {training.batch_size}": table, "one step of sampling, 16 at once": {
+        part.replace("_", " "): {"ms": t, "of end to end, %": 100 * t / steps["end_to_end"]}
+        for part, t in steps.items()}}
+    show(tables)
+    path = Path(training.out) / model / "bench.json"
+    save_report(path, model, asdict(config), asdict(training), data, device, tables, rounds=rounds)
+    say(f"\nsaved {path}")
 
 
 def memory_table(module, model, config, training, data, device):
@@ -1690,6 +1770,8 @@ def run(argv):
         raise UserError(str(e)) from None
     if args["memory"]:
         return memory_table(module, model, config, training, data, device)
+    if args["bench"]:
+        return bench(module, model, config, training, data, device, args["bench"])
     here, several = Path(training.out) / model, len(parts) > 1
     own, group = deal(parts, ranks.get("rank", 0), ranks.get("world_size", 1))
     if group.size > 1:

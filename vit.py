@@ -327,6 +327,16 @@ def denoise_labels(blocks, x, z, steps):
     return seen
 
 
+def sampling_step(net, n):
+    """A function that evaluates a block, or a baseline, once for n images, as a level of the chain does."""
+    c, device = net.config, net.token.device
+    x = torch.randn(n, c.n_channel, c.image_size, c.image_size, device=device)
+    if isinstance(net, EndToEnd):
+        return lambda: net(x)
+    z, sigma = torch.randn(n, c.n_embd, device=device), torch.ones(n, device=device)
+    return lambda: net.denoise(x, z, sigma)
+
+
 def levels(blocks, sampling):
     """The sampler's grid: sigmas from the highest to the lowest."""
     return blocks[0].noise.steps(sampling.euler_steps or max(len(blocks) + 1, 4))
