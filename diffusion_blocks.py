@@ -9,6 +9,7 @@ with the EDM conventions of Karras et al., arXiv 2206.00364. Everything here is 
 with y the target (an image, or the fixed embedding of a label or token), x the condition, and z the only
 thing that blocks exchange. Block 0 owns the highest noise, holds the first layers and runs first at
 inference. Masked diffusion is the same method with masks in the place of Gaussian noise: `Masking`. """
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ class LogNormal:
         q_lo, q_hi = self.cdf(self.interval(block, overlap=True)).tolist()
         # stratified: a batch covers the interval
         u = (torch.arange(n) + torch.rand(n, dtype=torch.float64)) / n
-        return self.icdf(q_lo + u * (q_hi - q_lo)).float().to(device)
+        return send(self.icdf(q_lo + u * (q_hi - q_lo)).float(), device)
 
     def steps(self, n):
         """(n,) float64, from sigma_max down to sigma_min at equal quantiles: the sampler's grid, not the
@@ -225,7 +226,7 @@ class Masking:
         the same place there (MD4's antithetic draws)."""
         lo, hi = self.interval(block, overlap=True)
         u = (torch.rand(1, dtype=torch.float64) + torch.arange(n)) / n
-        return (lo + u * (hi - lo)).float().to(device)
+        return send((lo + u * (hi - lo)).float(), device)
 
     def steps(self, n, grid="uniform"):
         """(n + 1,) float64, from 1 down to 0: the sampler's grid, n moves; "cosine": most of them near 1."""
@@ -240,6 +241,12 @@ class Masking:
         """-alpha'(t) / (1 - alpha(t)), of t's shape, for a sum of cross-entropies over the masked tokens."""
         rate = torch.ones_like(t) if self.schedule == "linear" else math.pi / 2 * torch.cos(math.pi / 2 * t)
         return (1 - 2 * self.eps) * rate / self.hidden(t)
+
+
+def send(x, device):
+    """To the device, without waiting for it as .to() would."""
+    cuda = torch.device(device).type == "cuda"
+    return x.pin_memory().to(device, non_blocking=True) if cuda else x.to(device)
 
 
 def expand(level, like):
@@ -278,6 +285,18 @@ def target_table(n_class, dim, seed):
     return F.normalize(rows, dim=-1).float()
 
 
+@contextlib.contextmanager
+def exact(device):
+    """Products of float32 as such: neither bf16 by autocast nor TF32, whatever was chosen for the network."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def bayes_logits(prior, z, sigma, table):
     """Logits of p(y | z, x) from the network's prior logits (B, ..., V), z (B, ..., C), sigma (B,), table (V,
     C).
@@ -285,7 +304,8 @@ def bayes_logits(prior, z, sigma, table):
     Bayes' rule: log p(z | y) is -|z - E_y|^2 / 2 sigma^2, and with rows of equal norm only z.E_y / sigma^2
     depends on y. It is to cross-entropy what c_skip is to squared error. Float32 throughout: the term reaches
     1e5."""
-    likelihood = (z.float() / expand(sigma, z) ** 2) @ table.T  # (B, ..., V)
+    with exact(z.device):
+        likelihood = (z.float() / expand(sigma, z) ** 2) @ table.T  # (B, ..., V)
     return prior.float() + likelihood
 
 
@@ -294,7 +314,8 @@ def edm_logits(f, z, sigma, table, noise, scale):
 
     The scale is learned: between unit vectors alone no softmax is sharp."""
     c_skip, c_out, _, _ = (expand(c, z) for c in noise.precondition(sigma))
-    return scale * (c_skip * z + c_out * f.float()) @ table.T   # (B, ..., V)
+    with exact(z.device):
+        return scale * (c_skip * z + c_out * f.float()) @ table.T   # (B, ..., V)
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion_blocks import LogNormal, euler, expand, heun, score_loss, split_layers
+from diffusion_blocks import LogNormal, euler, expand, heun, score_loss, send, split_layers
 
 DATA = "images"  # what train.py has to load for this model
 JUDGE = "vit"    # its baseline, trained on the same data, gives the features for the Frechet distance
@@ -254,7 +254,7 @@ class Block(nn.Module):
         """Score loss per pixel of this block alone; batch: images (B, K, H, W) in [-1, 1], labels (B,)."""
         y, label = self.encode(batch[0]), batch[1]
         if self.training:
-            drop = torch.rand(len(y)).to(y.device) < self.config.label_drop  # (B,)
+            drop = send(torch.rand(len(y)), y.device) < self.config.label_drop   # (B,)
             label = label.masked_fill(drop, self.config.n_class)
 
         def error(z, sigma):

@@ -10,6 +10,7 @@ import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -1728,6 +1729,56 @@ def test_the_benchmark_gives_every_part_its_turn(model, data_dir, text_file, tmp
         assert .3 < done[2] / done[0] < .7 and done[2] == pytest.approx(done[3])
 
 
+def test_in_bf16_the_noise_and_the_losses_stay_exact():
+    block, batch, losses = gpt.Block(config(vocab_size=64), 1), torch.randint(64, (8, 17)), []
+    z, sigma = torch.randn(8, 16, 32), torch.full((8,), .01)
+    plain = bayes_logits(torch.zeros(8, 16, 64), z, sigma, block.table)
+    for precision in ("float32", "bf16"):
+        torch.manual_seed(1)
+        with train.autocast(train.Training(precision=precision), torch.device("cpu")):
+            losses.append(block.loss(batch))
+            assert torch.equal(bayes_logits(torch.zeros(8, 16, 64), z, sigma, block.table), plain)
+            product = (z @ z.mT).dtype
+    assert product == torch.bfloat16                   # while what is not protected is in bf16
+    assert losses[1].dtype == torch.float32 and losses[0] != losses[1]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=.01)
+
+
+@pytest.mark.parametrize("flag", ["--precision=bf16", "--compile=default"])
+def test_bf16_and_compiled_layers_train_alike_and_resume_to_the_same_bits(flag, tmp_path):
+    if flag == "--compile=default" and not shutil.which("g++"):
+        pytest.skip("there is no compiler")
+    common = small("dit", None, "--steps=6", "--log-every=6")
+    for out, flags in (("plain", []), ("whole", [flag])):
+        train.run([*common, *flags, f"--out={tmp_path}/{out}"])
+    logs = [(tmp_path / f"{out}/dit/block_0.jsonl").read_text() for out in ("plain", "whole")]
+    losses = [json.loads(log)["loss"] for log in logs]
+    assert losses[1] == pytest.approx(losses[0], rel=.01)
+    path, real = tmp_path / "cut/dit/block_0.pt", train.checkpoint
+
+    def stop(path, about, step, learner):
+        real(path, about, step, learner)
+        raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "checkpoint", stop)
+        train.run([*common, flag, f"--out={tmp_path}/cut"])
+    train.run([*common, flag, f"--out={tmp_path}/cut", "--resume"])
+    assert net_bits(path) == net_bits(tmp_path / "whole/dit/block_0.pt")
+    other = "--precision=float32" if "precision" in flag else "--compile=off"
+    with pytest.raises(train.UserError, match=f"{flag[2:9]}"):
+        train.run([*common, other, f"--out={tmp_path}/cut", "--resume"])
+
+
+def test_without_a_working_compiler_training_goes_on_and_says_so(
+        data_dir, text_file, tmp_path, monkeypatch, capsys):
+    def compile(function):
+        raise RuntimeError("no compiler")
+    monkeypatch.setattr(torch, "compile", compile)
+    train.run(small("gpt", text_file, "--steps=2", "--compile=default", f"--out={tmp_path}"))
+    assert "note: torch.compile does not work here (RuntimeError)" in capsys.readouterr().out
+    assert train.load(tmp_path / "gpt/block_0.pt", "gpt")["training"]["compile"] == "off"
+
+
 @pytest.mark.parametrize("flags", [
     "--model=mdm --preset=text8 --seq-len=64", "--model=dit --preset=cifar10 --image-size=8",
     "--model=vit --preset=cifar100 --image-size=8"])
@@ -1915,6 +1966,7 @@ def test_bits_per_byte_is_a_ratio_of_sums_with_its_standard_error():
     (["--block=0", "--tokenizer=gpt9", "--data={short}"], "gpt9"),
     (["--block=0", "--data={short}"], "too few"), (["--block=0", "--data={empty}"], "empty"),
     (["--block=0", "--resume", "--out={tmp}/none"], "does not exist"),
+    (["--block=0", "--precision=fp8"], "bf16"), (["--block=0", "--compile=fast"], "reduce-overhead"),
     (["--bench", "1"], "--bench"), (["--block=0", "--save-minutes=-1"], "--save-minutes"),
     (["--eval", "--out={tmp}"], "--block 0")])
 def test_bad_input_gets_one_clear_line(args, says, tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@
     python train.py --model gpt --end-to-end    the baseline: all layers, backpropagation through all of them
     python train.py --model gpt --control       the control: one block's worth of layers, end to end
     python train.py --model gpt --eval          assemble out/gpt and score it beside baseline and control
-    python train.py --model gpt --memory        what an update needs, term by term (--bench: how long it takes)
+    python train.py --model gpt --memory        what an update needs, term by term; --bench: its time
     python train.py --model gpt --sample        generate from the blocks (or --end-to-end: the baseline)
 
 This file holds flags, data, one training loop and checkpoints; it knows nothing of noise levels. A model file
@@ -47,6 +47,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion_blocks import send
+
 MODELS = ("gpt", "vit", "dit", "mdm", "recurrent")
 
 
@@ -63,6 +65,8 @@ class Training:
     final_lr: float = 0.05          # where the cosine ends, as a fraction of lr
     clip: float = 1.0               # largest gradient norm
     checkpoint_activations: bool = False  # keep only each layer's input and compute the layer twice
+    precision: str = "auto"         # of products: bf16, tf32 or float32; auto: bf16 on CUDA, else float32
+    compile: str = "auto"           # torch.compile of layers: off, default, reduce-overhead..; auto: on CUDA
     ema: float = 0.0                # decay of a running mean of the weights, at most (1+n)/(10+n); 0: none
     seed: int = 0                   # a block's random stream is a function of (seed, block) alone
     threads: int = 0                # CPU threads; 0: all cores. Same number, same bits
@@ -200,6 +204,11 @@ def check(training):
     if not (math.isfinite(training.lr) and training.lr > 0 and 0 <= training.beta2 < 1 and training.clip > 0
             and 0 <= training.ema < 1):
         raise UserError("need --lr > 0, 0 <= --beta2 < 1, --clip > 0 and 0 <= --ema < 1")
+    if training.precision not in ("auto", "bf16", "tf32", "float32"):
+        raise UserError(f"--precision {training.precision}: choose auto, bf16, tf32 or float32")
+    modes = ("auto", "off", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+    if training.compile not in modes:
+        raise UserError(f"--compile {training.compile}: choose one of {', '.join(modes)}")
 
 
 def pick_device(name, local_rank=None):
@@ -214,6 +223,23 @@ def pick_device(name, local_rank=None):
         return torch.device(name)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
+
+
+def choose_speed(training, device):
+    """Settle what `auto` means for --precision and --compile on a device, and set torch accordingly."""
+    cuda = device.type == "cuda"
+    if training.precision == "auto":
+        training.precision = "float32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "tf32"
+    torch.set_float32_matmul_precision("highest" if training.precision == "float32" else "high")
+    torch.backends.cudnn.allow_tf32 = training.precision != "float32"
+    if training.compile == "auto":
+        training.compile = "default" if cuda else "off"
+    if training.compile != "off":
+        try:
+            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+        except Exception as e:  # no compiler, no Triton, a GPU that is too old, ...
+            say(f"note: torch.compile does not work here ({type(e).__name__}); going on without it")
+            training.compile = "off"
 
 
 @contextlib.contextmanager
@@ -446,7 +472,7 @@ class Text:
 
     def cut(self, split, starts, config):
         rows = np.stack([self.tokens[split][i:i + config.seq_len + 1] for i in starts])  # (B, T + 1)
-        return torch.from_numpy(rows.astype(np.int64)).to(self.device)
+        return send(torch.from_numpy(rows.astype(np.int64)), self.device)
 
     def batch(self, n, config, index):
         """(n, T + 1) random windows of the training text, from torch's CPU random stream, whatever the
@@ -853,11 +879,6 @@ def load_images(training, device):
 # -----------------------------------------------------------------------------------------------------------
 # Augmentation: of whole batches on their device, images in [-1, 1]; all chance is from torch's CPU stream
 
-def send(x, device):
-    """To the device, without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
 def crop(x):
     """Pad with black by an eighth of the size, then cut the old size out, at each image's own place."""
     n, _, size, _ = x.shape
@@ -1165,11 +1186,20 @@ def update_average(average, net, decay, step):
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
 
 
+def layers_of(net):
+    """The layers of a network: what it holds in lists."""
+    return [layer for layers in net.modules() if isinstance(layers, nn.ModuleList) for layer in layers]
+
+
 def checkpoint_layers(net):
     """Let each layer keep its input alone for the backward pass, which computes the rest a second time."""
-    for layers in list(net.modules()):
-        for layer in layers if isinstance(layers, nn.ModuleList) else ():
-            layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
+    for layer in layers_of(net):
+        layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
+
+
+def autocast(training, device):
+    """Matrix products in bf16 if --precision says so; norms, noise and losses stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16")
 
 
 def make_optimizer(net, training, device):
@@ -1199,6 +1229,9 @@ def begin(module, config, part, training, device, group=Group()):
     average = copy.deepcopy(net).eval() if training.ema else None
     if training.checkpoint_activations:
         checkpoint_layers(net)
+    if training.compile != "off":
+        for layer in layers_of(net):  # they are alike: quickly compiled, and the rest is a small part
+            layer.compile(mode=training.compile)
     # each piece has a random stream of its own, whichever process computes it; the first goes on from here
     streams = [rng_state(device)]
     for i in range(1, training.accumulate * group.size):
@@ -1222,7 +1255,8 @@ def update(learner, data, config, training, step, steps, device):
         later = n_pieces > len(own) and i != own[-1]
         with learner.loss_of.no_sync() if later else contextlib.nullcontext():
             batch = data.batch(training.batch_size // n_pieces, config, step * n_pieces + i)
-            loss = learner.loss_of(batch) / len(own)
+            with autocast(training, device):
+                loss = learner.loss_of(batch) / len(own)
             loss.backward()
         learner.streams[i] = rng_state(device)
         total = total + loss.detach()
@@ -1358,8 +1392,9 @@ def train(module, model, part, config, training, data, device, resume, group):
             if logs:
                 total, since = 0.0, 0
             if logs and leads:
-                row = {"part": part, "title": net.title, "step": step, "loss": mean,
-                       "val_loss": validate(learner.average or net, held_out, size),
+                with autocast(training, device):
+                    val_loss = validate(learner.average or net, held_out, size)
+                row = {"part": part, "title": net.title, "step": step, "loss": mean, "val_loss": val_loss,
                        "lr": learner.optimizer.param_groups[0]["lr"],
                        "ms": 1000 * (time.time() - began) / (step - first), "memory_mb": memory(device)}
                 row["minutes_left"] = (steps - step) * row["ms"] / 60000
@@ -1387,11 +1422,11 @@ def storages(tensors):
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
 
 
-def measure_memory(net, optimizer, batch, device):
+def measure_memory(net, optimizer, batch, device, context=contextlib.nullcontext()):
     """{what: bytes} of an update of a network, measured at its second: weights and buffers, gradients, the
     optimizer's state, activations that are saved for the backward pass, the most that is there at once; and
     what of the state and of the activations is the interface's, that is, not in the layers."""
-    layers = [layer for m in net.modules() if isinstance(m, nn.ModuleList) for layer in m]
+    layers = layers_of(net)
     interface = set(net.parameters()) - {p for layer in layers for p in layer.parameters()}
     fixed, gradients = storages([*net.parameters(), *net.buffers()]), {}
     saved, where = {"layers": {}, "interface": {}}, ["interface"]
@@ -1403,7 +1438,7 @@ def measure_memory(net, optimizer, batch, device):
     def update():
         for found in saved.values():
             found.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), context:
             loss = net.loss(batch)
         loss.backward()
         gradients.update({p: sum(storages([p.grad]).values()) for p in net.parameters()})
@@ -1521,7 +1556,8 @@ def memory_table(module, model, config, training, data, device):
                 checkpoint_layers(net)
             name = (part if part == "end_to_end" else "one_block").replace("_", " ")
             name += ", activations checkpointed" if checkpointed else ""
-            rows[name] = measure_memory(net, make_optimizer(net, training, device), batch, device)
+            rows[name] = measure_memory(net, make_optimizer(net, training, device), batch, device,
+                                        autocast(training, device))
             if training.ema:
                 mean = sum(p.untyped_storage().nbytes() for p in copy.deepcopy(net).parameters())
                 rows[name] |= {"running mean": mean, "peak": rows[name]["peak"] + mean}
@@ -1756,6 +1792,7 @@ def run(argv):
             return evaluate(module, model, args, training, sampling, device)
         return sample(module, model, args, training, sampling, device)
 
+    choose_speed(training, device)
     data = LOADERS[module.DATA].load(training, device)
     if not ranks.get("rank"):
         say(f"data: {data.describe()}")
