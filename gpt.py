@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 
 from diffusion_blocks import (LogNormal, bayes_logits, bound_ends, bound_share, edm_logits, euler, score_loss,
                               split_layers, target_table)
@@ -239,9 +240,9 @@ class Block(nn.Module):
             out.append(tuple(torch.cat(pair, dim=2) for pair in zip(past, own)) if cache else own)
         return out  # [(k, v)], (B, H, start + T, D) each
 
-    def logits(self, x, z, sigma, context):
-        """Logits (B, T, V) of the next token from the slots of the last T clean tokens x, given z (B, T, C),
-        sigma (B,)."""
+    def hidden(self, x, z, sigma, context):
+        """What the head reads (B, T, C) in the slots of the last T clean tokens x, given z (B, T, C), sigma
+        (B,)."""
         _, _, c_in, c_noise = self.noise.precondition(sigma)
         cond = self.noise_embedding(c_noise)                                 # (B, 1, n_cond)
         n, start = x.shape[1], context[0][0].shape[2] - x.shape[1]
@@ -253,10 +254,18 @@ class Block(nn.Module):
         for layer, clean in zip(self.layers, context):
             h, _ = layer(h, start, clean, mask, cond)                        # (B, T, C)
         shift, scale = self.modulation(cond).chunk(2, dim=-1)                # (B, 1, C) each
-        f = self.head(self.norm(h) * (1 + scale) + shift)                    # (B, T, V), or (B, T, C) for edm
+        return self.norm(h) * (1 + scale) + shift                            # (B, T, C)
+
+    def read(self, h, z, sigma):
+        """Logits (B, T, V) of the next token from what the head reads, h (B, T, C), and z."""
+        f = self.head(h)                                                     # (B, T, V), or (B, T, C) for edm
         if self.config.readout == "bayes":
             return bayes_logits(f, z, sigma, self.table)
         return edm_logits(f, z, sigma, self.table, self.noise, self.scale_weight)
+
+    def logits(self, x, z, sigma, context):
+        """Logits (B, T, V) of the next token: `read` of `hidden`."""
+        return self.read(self.hidden(x, z, sigma, context), z, sigma)
 
     def denoise(self, x, z, sigma, context):
         """D(z, sigma, x) = E[y | z, x] (B, T, C): the expected embedding of the next token."""
@@ -267,8 +276,11 @@ class Block(nn.Module):
         x, target = batch[:, :-1], batch[:, 1:]                              # (B, T) each
         context = self.context(x)
 
+        def nats(h, z, sigma, target):
+            return cross_entropy(self.read(h, z, sigma), target).mean(1)     # (B,)
+
         def error(z, sigma):
-            return cross_entropy(self.logits(x, z, sigma, context), target).mean(1)  # (B,)
+            return by_rows(nats, self.config, self.hidden(x, z, sigma, context), z, sigma, target)
         return score_loss(error, self.table[target], self.noise, self.b)
 
 
@@ -289,9 +301,8 @@ class EndToEnd(nn.Module):
     def describe(self):
         return f"{self.config.n_layer} layers, end to end"
 
-    def forward(self, x, cache=None):
-        """Logits (B, T, V) of the token after each of x (B, T), and the keys and values of all tokens so
-        far."""
+    def hidden(self, x, cache=None):
+        """What the head reads (B, T, C), of x (B, T), and the keys and values of all tokens so far."""
         assert not cache or x.shape[1] == 1  # tokens added together would see each other's future
         start = cache[0][0].shape[2] if cache else 0
         h, out = self.embed(x), []                                           # (B, T, C)
@@ -299,11 +310,29 @@ class EndToEnd(nn.Module):
             past = cache[i] if cache else None
             h, own = layer(h, start, past)
             out.append(tuple(torch.cat(pair, dim=2) for pair in zip(past, own)) if cache else own)
-        return self.head(self.norm(h)).float(), out
+        return self.norm(h), out
+
+    def forward(self, x, cache=None):
+        """Logits (B, T, V) of the token after each of x (B, T), and the keys and values of all tokens so
+        far."""
+        h, cache = self.hidden(x, cache)
+        return self.head(h).float(), cache
 
     def loss(self, batch):
         """Cross-entropy in nats per token; batch (B, T + 1) token ids."""
-        return cross_entropy(self(batch[:, :-1])[0], batch[:, 1:]).mean()
+        def nats(h, target):
+            return cross_entropy(self.head(h).float(), target).mean(1)       # (B,)
+        return by_rows(nats, self.config, self.hidden(batch[:, :-1])[0], batch[:, 1:]).mean()
+
+
+def by_rows(nats, config, *tensors, most=2 ** 25):
+    """nats(*tensors) (B,) of tensors (B, ...), for so few rows at a time that no more than `most` logits are
+    there at once: the backward pass computes them again."""
+    rows = max(1, most // (config.seq_len * config.vocab_size))
+    if len(tensors[0]) <= rows:
+        return nats(*tensors)
+    parts = zip(*(t.split(rows) for t in tensors))
+    return torch.cat([recompute(nats, *part, use_reentrant=False) for part in parts])
 
 
 def cross_entropy(logits, target):

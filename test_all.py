@@ -447,6 +447,27 @@ def test_the_baseline_is_causal():
     assert torch.equal(a[:, :9], b[:, :9]) and not torch.allclose(a[:, 9:], b[:, 9:])
 
 
+@pytest.mark.parametrize("make", [lambda c: gpt.Block(c, 0), gpt.EndToEnd])
+def test_logits_of_few_rows_at_a_time_give_the_same_loss_and_gradients(make, monkeypatch):
+    net, batch, most, real = shaken(make(config())), torch.randint(64, (6, 17)), [], gpt.by_rows
+    results = []
+    for limit in (2 ** 25, 2 * 16 * 64):               # all rows, two at a time
+        def by_rows(nats, *rest):
+            def record(h, *more):
+                most.append(len(h))
+                return nats(h, *more)
+            return real(record, *rest, most=limit)
+        monkeypatch.setattr(gpt, "by_rows", by_rows)
+        net.zero_grad()
+        torch.manual_seed(3)
+        loss = net.loss(batch)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in net.parameters())])
+        assert most == {2 ** 25: [6]}.get(limit, [6] + 6 * [2])                # three parts, each twice
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_a_slot_is_scored_on_the_token_that_its_noise_was_added_to():
     """Alignment: at low noise z alone names the next token, so the loss is next to nothing; it could not be
     if slots held the current token."""
