@@ -288,13 +288,13 @@ def target_table(n_class, dim, seed):
 @contextlib.contextmanager
 def exact(device):
     """Products of float32 as such: neither bf16 by autocast nor TF32, whatever was chosen for the network."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.set_float32_matmul_precision(before)
 
 
 def bayes_logits(prior, z, sigma, table):

@@ -476,15 +476,16 @@ def chain(noise, n_passes):
 
 
 def sampling_step(net, n):
-    """A function of one pass for the last token of n windows, the rest of which is in a cache."""
+    """A function of prelude, one pass and coda for the last token of n windows, the rest of which is in a
+    cache."""
     x = torch.zeros(n, net.config.seq_len, dtype=torch.long, device=net.embed.weight.device)
     if isinstance(net, EndToEnd):
         _, cache = net(x[:, 1:], 1, {})
         return lambda: net(x[:, :1], 1, cache)
-    (e, _), sigma = net.condition(x), torch.ones(n, device=x.device)
+    (e, past), sigma = net.condition(x[:, 1:]), torch.ones(n, device=x.device)
     z = torch.randn(n, net.config.seq_len, net.config.n_embd, device=x.device)
-    context = net.context(e, z, sigma)
-    return lambda: net.denoise(e[:, :1], z[:, :1], sigma, context, net.config.seq_len)
+    context = net.context(e, z[:, 1:], sigma)
+    return lambda: net.denoise(net.condition(x[:, :1], past)[0], z[:, :1], sigma, context, x.shape[1] - 1)
 
 
 def choose(logits, temperature, top_k):

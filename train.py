@@ -16,6 +16,7 @@ import contextlib
 import copy
 import fcntl
 import functools
+import gc
 import hashlib
 import importlib
 import inspect
@@ -44,6 +45,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -104,8 +106,8 @@ class UserError(Exception):
     """What the user has to mend, in one line."""
 
 
-class Interrupted(Exception):
-    """A signal that asks the program to end: its number, and the checkpoint to go on from, if any."""
+class Interrupted(BaseException):
+    """A signal that asks the program to end: its number, and what there is to go on from, if anything."""
 
 
 def say(*text):
@@ -217,10 +219,16 @@ def pick_device(name, local_rank=None):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and local_rank is not None and torch.cuda.is_available():
-        name = f"cuda:{local_rank % torch.cuda.device_count()}"
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"{torch.cuda.device_count()} GPUs are too few for torchrun's processes here; "
+                            f"start one for each")
+        name = f"cuda:{local_rank}"
     try:
         torch.zeros(1, device=name)
-        return torch.device(name)
+        device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"device {name!r} cannot be used here: {str(e).splitlines()[0]}") from None
 
@@ -229,14 +237,18 @@ def choose_speed(training, device):
     """Settle what `auto` means for --precision and --compile on a device, and set torch accordingly."""
     cuda = device.type == "cuda"
     if training.precision == "auto":
-        training.precision = "float32" if not cuda else "bf16" if torch.cuda.is_bf16_supported() else "tf32"
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        training.precision = "bf16" if bf16 else "tf32" if cuda else "float32"
     torch.set_float32_matmul_precision("highest" if training.precision == "float32" else "high")
     torch.backends.cudnn.allow_tf32 = training.precision != "float32"
     if training.compile == "auto":
         training.compile = "default" if cuda else "off"
     if training.compile != "off":
+        for limit in {"recompile_limit", "cache_size_limit"} & set(dir(torch._dynamo.config)):
+            setattr(torch._dynamo.config, limit, 64)  # all layers of all parts share one function
         try:
-            torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+            net, x = nn.Linear(8, 8, device=device), torch.ones(8, 8, device=device)
+            torch.compile(net.forward, mode=training.compile)(x).sum().backward()
         except Exception as e:  # no compiler, no Triton, a GPU that is too old, ...
             say(f"note: torch.compile does not work here ({type(e).__name__}); going on without it")
             training.compile = "off"
@@ -253,6 +265,9 @@ def replacing(path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the new name, too
+        os.close(folder)
     except (OSError, RuntimeError) as e:  # torch.save's are of both kinds
         reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}; what was there before is untouched") from None
@@ -502,24 +517,20 @@ def prepare(folder, write):
     part = DATA_DIR / f".{folder.name}.part"
     try:
         DATA_DIR.mkdir(parents=True, exist_ok=True)
-        lock = os.open(DATA_DIR, os.O_RDONLY)
+        with open(DATA_DIR / ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed, whatever happens
+            if folder.exists():
+                return
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            try:
+                part.mkdir()
+                meta = write(part)
+                (part / "meta.json").write_text(json.dumps({"checksum": checksum(meta)} | meta))
+                part.rename(folder)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
     except OSError as e:
         raise UserError(f"cannot write prepared data under {DATA_DIR}: {e.strerror}") from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-            part.mkdir()
-            meta = write(part)
-            (part / "meta.json").write_text(json.dumps({"checksum": checksum(meta)} | meta))
-            part.rename(folder)
-    except BaseException as e:
-        shutil.rmtree(part, ignore_errors=True)
-        if isinstance(e, OSError):
-            raise UserError(f"cannot write prepared data under {DATA_DIR}: {e.strerror}") from None
-        raise
-    finally:
-        os.close(lock)  # which lifts the lock
 
 
 def checksum(meta):
@@ -1062,7 +1073,7 @@ class Group(NamedTuple):
 def torchrun():
     """{rank, world_size, local_rank, local_world_size} of this process, if torchrun started it, else {}."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return {n.lower(): int(os.environ[n]) for n in names if n in os.environ} if "RANK" in os.environ else {}
+    return {n.lower(): int(os.environ[n]) for n in names} if set(names) <= set(os.environ) else {}
 
 
 def deal(parts, rank, n_ranks):
@@ -1227,11 +1238,11 @@ def begin(module, config, part, training, device, group=Group()):
     torch.manual_seed(seed_of(training.seed, part))
     net = build(module, config, part).to(device)
     average = copy.deepcopy(net).eval() if training.ema else None
-    if training.checkpoint_activations:
-        checkpoint_layers(net)
     if training.compile != "off":
         for layer in layers_of(net):  # they are alike: quickly compiled, and the rest is a small part
-            layer.compile(mode=training.compile)
+            layer.forward = torch.compile(layer.forward, mode=training.compile)
+    if training.checkpoint_activations:
+        checkpoint_layers(net)
     # each piece has a random stream of its own, whichever process computes it; the first goes on from here
     streams = [rng_state(device)]
     for i in range(1, training.accumulate * group.size):
@@ -1254,6 +1265,8 @@ def update(learner, data, config, training, step, steps, device):
         # processes exchange gradients once, with the last piece
         later = n_pieces > len(own) and i != own[-1]
         with learner.loss_of.no_sync() if later else contextlib.nullcontext():
+            if training.compile != "off":
+                torch.compiler.cudagraph_mark_step_begin()  # what earlier graphs gave is not needed any more
             batch = data.batch(training.batch_size // n_pieces, config, step * n_pieces + i)
             with autocast(training, device):
                 loss = learner.loss_of(batch) / len(own)
@@ -1299,35 +1312,45 @@ def restore(path, about, learner):
 @contextlib.contextmanager
 def open_log(folder, part):
     """OUT/MODEL/PART.jsonl, which no other process has open: two that train the same part would spoil each
-    other's work. Raises UserError, also if it cannot be written to later."""
+    other's work. Raises UserError."""
     path = folder / f"{part}.jsonl"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+", buffering=1, errors="replace") as log:
-            try:
-                fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when the process ends
-            except BlockingIOError:
-                raise UserError(f"another process is training {folder / part}.pt; wait for it, or choose "
-                                f"another place with --out") from None
-            for rest in folder.glob(f".{part}.pt.*.part"):       # of a process that was killed as it wrote
-                rest.unlink(missing_ok=True)
-            yield log
+        log = open(path, "ab+", buffering=0)
     except OSError as e:
-        raise UserError(f"cannot write {e.filename or path}: {e.strerror}; what was saved before is "
-                        f"untouched; make room there, or choose another place with --out") from None
+        raise UserError(f"cannot write {path}: {e.strerror}; choose another place with --out") from None
+    with log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when the process ends
+        except BlockingIOError:
+            raise UserError(f"another process is training {folder / part}.pt; wait for it, or choose "
+                            f"another place with --out") from None
+        for rest in folder.glob(f".{part}.pt.*.part"):       # of a process that was killed as it wrote
+            rest.unlink(missing_ok=True)
+        yield log
 
 
 def rewind(log, step):
-    """Keep the lines of a log up to a step: none for a new run, no line twice for a resumed one."""
+    """Cut a log after its lines up to a step: none of an earlier run, no line twice of a resumed one."""
     log.seek(0)
-    kept = []
-    for line in log.read().splitlines():
+    end = 0
+    for line in log.read().splitlines(keepends=True):
         try:
-            kept += [line] if json.loads(line)["step"] <= step else []
-        except (ValueError, KeyError, TypeError):  # the line that a kill cut short
-            pass
-    log.truncate(0)
-    log.writelines(f"{line}\n" for line in kept)
+            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError, TypeError):  # damaged
+            break
+        end += len(line)
+    log.truncate(end)
+
+
+def write_line(log, row):
+    """Add a row to a log. Raises UserError."""
+    try:
+        log.write(json.dumps(row).encode() + b"\n")
+    except OSError as e:
+        raise UserError(f"cannot write the log: {e.strerror}; what was saved before is untouched; make room, "
+                        f"then go on with --resume") from None
 
 
 def parameters(module, config, parts):
@@ -1375,7 +1398,7 @@ def train(module, model, part, config, training, data, device, resume, group):
                 f"from step {step} of {steps}")
         held_out, size = data.held_out(4 * training.batch_size, config), training.batch_size // n_pieces
         total, since, began = 0.0, 0, time.time()
-        saved = began
+        last_saved, saved = first if resume else None, began
         while step < steps:
             total = total + update(learner, data, config, training, step, steps, device)
             step, since = step + 1, since + 1
@@ -1387,8 +1410,9 @@ def train(module, model, part, config, training, data, device, resume, group):
             if logs or saves or device.type == "cpu":
                 mean, = over_group([float(total) / since / group.size], group, dist.ReduceOp.SUM)
                 if not math.isfinite(mean):
-                    kept = f"{path} holds the last good step" if path.exists() else "nothing was saved yet"
-                    raise UserError(f"the loss of {part} is {mean} by step {step}; {kept}; try a lower --lr")
+                    kept = "nothing" if last_saved is None else f"step {last_saved} in {path}"
+                    raise UserError(f"the loss of {part} is {mean} by step {step}; saved is {kept}; try a "
+                                    f"lower --lr")
             if logs:
                 total, since = 0.0, 0
             if logs and leads:
@@ -1402,14 +1426,16 @@ def train(module, model, part, config, training, data, device, resume, group):
                 say(f"{net.title} | step {step}/{steps} | loss {mean:.4f} | val {row['val_loss']:.4f} | "
                     f"lr {row['lr']:.1e} | {row['ms']:.0f} ms/step | {row['memory_mb']:.0f} MB | "
                     f"{row['minutes_left']:.1f} min left")
-                log.write(json.dumps(row) + "\n")
+                write_line(log, row)
             if saves:
-                learner.streams, saved = gather(learner.streams, learner.own, group), time.time()
+                learner.streams = gather(learner.streams, learner.own, group)
                 if leads:
                     checkpoint(path, about, step, learner)
+                last_saved, saved = step, time.time()
             if stop and step < steps:
                 progress("")
-                raise Interrupted(int(stop), f"{path} holds step {step} of {steps}")
+                over_group([0], group, dist.ReduceOp.MAX)  # nobody leaves before that is saved
+                raise Interrupted(int(stop), f"{path} holds step {step} of {steps}" if leads else None)
         if leads:
             say(f"done: {path}, peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
 
@@ -1422,7 +1448,7 @@ def storages(tensors):
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
 
 
-def measure_memory(net, optimizer, batch, device, context=contextlib.nullcontext()):
+def measure_memory(net, optimizer, batch, device, context=contextlib.nullcontext(), pieces=1):
     """{what: bytes} of an update of a network, measured at its second: weights and buffers, gradients, the
     optimizer's state, activations that are saved for the backward pass, the most that is there at once; and
     what of the state and of the activations is the interface's, that is, not in the layers."""
@@ -1436,11 +1462,12 @@ def measure_memory(net, optimizer, batch, device, context=contextlib.nullcontext
         return t
 
     def update():
-        for found in saved.values():
-            found.clear()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), context:
-            loss = net.loss(batch)
-        loss.backward()
+        for _ in range(pieces):  # from the second on, gradients are there already
+            for found in saved.values():
+                found.clear()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), context:
+                loss = net.loss(batch)
+            loss.backward()
         gradients.update({p: sum(storages([p.grad]).values()) for p in net.parameters()})
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -1488,8 +1515,8 @@ def quiet():
             os.dup2(old.fileno(), 2)
 
 
-# dense bf16 products a second, by a part of the GPU's name (the makers' data sheets)
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+# dense bf16 operations a second, by a part of the GPU's name (NVIDIA's data sheets)
+PEAK_FLOPS = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def timed(function, device):
@@ -1505,27 +1532,32 @@ def bench(module, model, config, training, data, device, rounds):
     """Print and save the time of an update, and of a step of sampling, of the baseline, of the control and of
     every block: median and quartiles over rounds in each of which every one has its turn."""
     parts = ["end_to_end", "control", *(f"block_{b}" for b in range(config.n_blocks))]
+    plain, flops = replace(training, compile="off", checkpoint_activations=False), {}
+    for part in parts:  # operations of the plain network, attention in the form that can be counted
+        learner = begin(module, config, part, plain, device)
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            update(learner, data, config, plain, 0, 1, device)
+        flops[part] = counter.get_total_flops()
     learners = {part: begin(module, config, part, training, device) for part in parts}
-    updates, steps, flops = ({part: [] for part in parts} for _ in range(3))
+    updates, steps = ({part: [] for part in parts} for _ in range(2))
     with torch.no_grad():
         sampling = {part: module.sampling_step(learner.net, 16) for part, learner in learners.items()}
-    for i in range(rounds + 2):  # two to warm up, in the first of which operations are counted
+    for i in range(rounds + 3):  # three to warm up
         for part, learner in learners.items():
-            progress(f"round {i - 1} of {rounds}: {part}")
-            with FlopCounterMode(display=False) if i == 0 else contextlib.nullcontext() as counter:
-                updates[part].append(timed(
-                    lambda: update(learner, data, config, training, i, rounds + 2, device), device))
-            if i == 0:
-                flops[part] = counter.get_total_flops()
+            progress(f"round {i - 2} of {rounds}: {part}")
+            learner.net.train()
+            updates[part].append(timed(
+                lambda: update(learner, data, config, training, i, rounds + 3, device), device))
+            learner.net.eval()
             with torch.no_grad():
                 steps[part].append(timed(sampling[part], device))
     progress("")
-    quartiles = {part: statistics.quantiles(u[2:], n=4) for part, u in updates.items()}
+    quartiles = {part: statistics.quantiles(u[3:], n=4) for part, u in updates.items()}
     ms = {part: 1000 * q[1] for part, q in quartiles.items()} | {
         "all blocks": 1000 * sum(quartiles[part][1] for part in parts[2:])}
-    steps = {part: 1000 * statistics.median(s[2:]) for part, s in steps.items()}
+    steps = {part: 1000 * statistics.median(s[3:]) for part, s in steps.items()}
     name, per_update = device_name(device), training.batch_size * getattr(config, "seq_len", 1)
-    peak = next((n for gpu, n in PEAK_FLOPS.items() if gpu in name), None)
+    peak = next((n for gpu, n in PEAK_FLOPS.items() if gpu in name and training.precision == "bf16"), None)
     table = {part.replace("_", " "): {"ms": t, "of end to end, %": 100 * t / ms["end_to_end"]}
              for part, t in ms.items()}
     for part, (low, middle, high) in quartiles.items():
@@ -1551,15 +1583,16 @@ def memory_table(module, model, config, training, data, device):
     rows, batch = {}, data.batch(training.batch_size // training.accumulate, config, 0)
     for part in ("end_to_end", largest):
         for checkpointed in (False, True):
+            gc.collect()  # checkpointed layers refer to themselves
             net = build(module, config, part).to(device)
             if checkpointed:
                 checkpoint_layers(net)
             name = (part if part == "end_to_end" else "one_block").replace("_", " ")
             name += ", activations checkpointed" if checkpointed else ""
             rows[name] = measure_memory(net, make_optimizer(net, training, device), batch, device,
-                                        autocast(training, device))
+                                        autocast(training, device), min(2, training.accumulate))
             if training.ema:
-                mean = sum(p.untyped_storage().nbytes() for p in copy.deepcopy(net).parameters())
+                mean = sum(storages([*net.parameters(), *net.buffers()]).values())  # a copy has as many
                 rows[name] |= {"running mean": mean, "peak": rows[name]["peak"] + mean}
             progress(f"measured: {name}")
     progress("")
@@ -1590,7 +1623,7 @@ def finished(module, model, part, out):
         net = build(module, module.Config(**state["config"]), part)
         net.load_state_dict(state.get("average", state["net"]))
         unfinished = state["step"] < state["steps"]
-    except (KeyError, TypeError, RuntimeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         raise UserError(f"{path} does not fit this version of the program; train it again: "
                         f"{command(model, part)}") from None
     if unfinished:
@@ -1755,7 +1788,11 @@ def run(argv):
     own = {f.name for cls in (settings, module.Config) for f in fields(cls)} - {"resume"}
     own -= {"epochs"} if "steps" in args else set()  # parse has put it there
     TYPED[:] = [("preset", f"--preset {args['preset']}")] if args["preset"] != "default" else []
-    TYPED[:] += [(k, f"--{k.replace('_', '-')} {shlex.quote(str(v))}") for k, v in args.items() if k in own]
+    for k, v in args.items():
+        flag = k.replace("_", "-")
+        if k in own:
+            TYPED.append((k, f"--{'' if v else 'no-'}{flag}" if isinstance(v, bool)
+                          else f"--{flag} {shlex.quote(str(v))}"))
     check(training)
     try:
         module.check(config)
@@ -1816,7 +1853,13 @@ def run(argv):
     STOP["later"] = True
     for part in own:  # of several blocks, those that were not begun are begun
         resume = training.resume and (not several or (here / f"{part}.pt").exists())
-        train(module, model, part, config, training, data, device, resume, group)
+        try:
+            train(module, model, part, config, training, data, device, resume, group)
+        except RuntimeError as e:
+            if group.size == 1:
+                raise
+            raise UserError(f"{part}: this process lost the others of its group, or failed "
+                            f"({str(e).splitlines()[0][:200]}); the last checkpoint is whole") from None
         if STOP["signal"] and part != own[-1]:
             raise Interrupted(STOP["signal"], f"{part} is done")
     if group.size > 1:
@@ -1841,7 +1884,8 @@ def main():
         start = f"torchrun --nproc-per-node {ranks['local_world_size']}" if ranks else "python"
         argv = [a for a in sys.argv[1:] if a != "--resume"] + ["--resume"]
         again = f"; {state}; go on with: {start} train.py {shlex.join(argv)}" if state else ""
-        say(f"interrupted{again}")
+        if state is not None:
+            say(f"interrupted{again}")
         sys.exit(128 + number)  # as a shell has it
 
 
