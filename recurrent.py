@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 
 from diffusion_blocks import (LogNormal, bayes_logits, bound_chain, bound_ends, bound_share, euler,
                               score_loss, target_table)
@@ -225,10 +226,14 @@ class Recurrent(nn.Module):
         """The next state (B, T, C) from a state and e, and the core's keys and values."""
         return run(self.core, self.adapter(torch.cat([state, e], dim=-1)), start, past, mask, cond)
 
-    def read(self, state, start=0, past=None, mask=None, cond=None):
-        """Logits (B, T, V) from a state (B, T, C), and the coda's keys and values."""
+    def finish(self, state, start=0, past=None, mask=None, cond=None):
+        """What the head reads (B, T, C), from a state (B, T, C), and the coda's keys and values."""
         h, own = run(self.coda, self.norm(state), start, past, mask, cond)   # (B, T, C)
-        return F.linear(self.norm(h), self.embed.weight).float(), own        # (B, T, V)
+        return self.norm(h), own
+
+    def head(self, h):
+        """Logits (B, T, V) from what `finish` gives (B, T, C)."""
+        return F.linear(h, self.embed.weight).float()
 
 
 class Block(Recurrent):
@@ -271,9 +276,9 @@ class Block(Recurrent):
         h, more = run(self.coda[:-1], self.norm(h), start, past and past[n:], None, cond)     # (B, T, C)
         return join(past, own + more + [self.coda[-1].keys_values(h, start, cond)])
 
-    def logits(self, e, z, sigma, context=None, start=0):
-        """Logits (B, T, V) of the next token from slots start, start + 1, ... that hold e and z (B, T, C) at
-        sigma (B,).
+    def hidden(self, e, z, sigma, context=None, start=0):
+        """What the head reads (B, T, C) in slots start, start + 1, ... that hold e and z (B, T, C) at sigma
+        (B,).
 
         Without a context z is that of the true tokens at the level sigma, as in training. With one, slots
         attend to that and to themselves only, so that z may be anything."""
@@ -287,8 +292,15 @@ class Block(Recurrent):
             mask = torch.cat([seen.tril(start - self.aligned), itself], dim=1)       # (T, T' + T)
         (state, cond), n = self.state(z, sigma), self.config.n_core
         h, _ = self.one_pass(state, e, start, context and context[:n], mask, cond)   # (B, T, C)
-        f, _ = self.read(h, start, context and context[n:], mask, cond)      # (B, T, V)
-        return bayes_logits(f, z, sigma, self.table)
+        return self.finish(h, start, context and context[n:], mask, cond)[0]         # (B, T, C)
+
+    def read(self, h, z, sigma):
+        """Logits (B, T, V) of the next token from what the head reads, h (B, T, C), and z."""
+        return bayes_logits(self.head(h), z, sigma, self.table)
+
+    def logits(self, e, z, sigma, context=None, start=0):
+        """Logits (B, T, V) of the next token: `read` of `hidden`."""
+        return self.read(self.hidden(e, z, sigma, context, start), z, sigma)
 
     def denoise(self, e, z, sigma, context=None, start=0):
         """D(z, sigma, e) = E[y | z, e] (B, T, C): the expected embedding of the next token."""
@@ -299,8 +311,11 @@ class Block(Recurrent):
         x, target = batch[:, :-1], batch[:, 1:]                              # (B, T) each
         e, _ = self.condition(x)                                             # (B, T, C)
 
+        def nats(h, z, sigma, target):
+            return cross_entropy(self.read(h, z, sigma), target).mean(1)     # (B,)
+
         def error(z, sigma):
-            return cross_entropy(self.logits(e, z, sigma), target).mean(1)   # (B,)
+            return by_rows(nats, self.config, self.hidden(e, z, sigma), z, sigma, target)
         return score_loss(error, self.table[target], self.noise, self.b)
 
 
@@ -326,9 +341,9 @@ class EndToEnd(Recurrent):
         std = (2 / 5) ** 0.5                                                 # sqrt(2 / 5C) * sqrt(C)
         return nn.init.trunc_normal_(torch.empty_like(e), std=std, a=-3 * std, b=3 * std)
 
-    def forward(self, x, n_passes, past=None):
-        """Logits (B, T, V) of the token after each of x (B, T), and a cache: the keys and values of all
-        tokens so far in the prelude, in each pass and in the coda.
+    def hidden(self, x, n_passes, past=None):
+        """What the head reads (B, T, C), of x (B, T), and a cache: the keys and values of all tokens so far
+        in the prelude, in each pass and in the coda.
 
         past: None, {} to begin a cache, or the cache. Only the last passes have a gradient."""
         past, keep, cache = past or {}, past is not None, {}
@@ -344,9 +359,14 @@ class EndToEnd(Recurrent):
             with torch.set_grad_enabled(with_gradient and k > n_passes - self.config.grad_passes):
                 state, own = self.one_pass(state, e, start, past.get(k))     # (B, T, C)
             store(k, own)
-        logits, own = self.read(state, start, past.get("coda"))              # (B, T, V)
+        h, own = self.finish(state, start, past.get("coda"))                 # (B, T, C)
         store("coda", own)
-        return logits, cache
+        return h, cache
+
+    def forward(self, x, n_passes, past=None):
+        """Logits (B, T, V) of the token after each of x (B, T), and the cache: see `hidden`."""
+        h, cache = self.hidden(x, n_passes, past)
+        return self.head(h), cache
 
     def n_passes(self):
         """A draw of the number of passes, one for a batch: Poisson with a log-normal rate, plus 1 (Huginn);
@@ -360,8 +380,20 @@ class EndToEnd(Recurrent):
 
     def loss(self, batch):
         """Cross-entropy in nats per token; batch (B, T + 1) token ids."""
-        logits, _ = self(batch[:, :-1], self.n_passes())                     # (B, T, V)
-        return cross_entropy(logits, batch[:, 1:]).mean()
+        def nats(h, target):
+            return cross_entropy(self.head(h), target).mean(1)               # (B,)
+        h, _ = self.hidden(batch[:, :-1], self.n_passes())                   # (B, T, C)
+        return by_rows(nats, self.config, h, batch[:, 1:]).mean()
+
+
+def by_rows(nats, config, *tensors, most=2 ** 25):
+    """nats(*tensors) (B,) of tensors (B, ...), for so few rows at a time that no more than `most` logits are
+    there at once: the backward pass computes them again."""
+    rows = max(1, most // (config.seq_len * config.vocab_size))
+    if len(tensors[0]) <= rows:
+        return nats(*tensors)
+    parts = zip(*(t.split(rows) for t in tensors))
+    return torch.cat([recompute(nats, *part, use_reentrant=False) for part in parts])
 
 
 def cross_entropy(logits, target):

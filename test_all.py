@@ -452,9 +452,12 @@ def test_the_baseline_is_causal():
     assert torch.equal(a[:, :9], b[:, :9]) and not torch.allclose(a[:, 9:], b[:, 9:])
 
 
-@pytest.mark.parametrize("make", [lambda c: gpt.Block(c, 0), gpt.EndToEnd])
-def test_logits_of_few_rows_at_a_time_give_the_same_loss_and_gradients(make, monkeypatch):
-    net, batch, most, real = shaken(make(config())), torch.randint(64, (6, 17)), [], gpt.by_rows
+@pytest.mark.parametrize("module, make", [
+    (gpt, lambda: gpt.Block(config(), 0)), (gpt, lambda: gpt.EndToEnd(config())),
+    (recurrent, lambda: recurrent.Block(recurrent_config(seq_len=16), 0)),
+    (recurrent, lambda: recurrent.EndToEnd(recurrent_config(seq_len=16)))])
+def test_logits_of_few_rows_at_a_time_give_the_same_loss_and_gradients(module, make, monkeypatch):
+    net, batch, most, real = shaken(make()), torch.randint(64, (6, 17)), [], module.by_rows
     results = []
     for limit in (2 ** 25, 2 * 16 * 64):               # all rows, two at a time
         def by_rows(nats, *rest):
@@ -462,7 +465,7 @@ def test_logits_of_few_rows_at_a_time_give_the_same_loss_and_gradients(make, mon
                 most.append(len(h))
                 return nats(h, *more)
             return real(record, *rest, most=limit)
-        monkeypatch.setattr(gpt, "by_rows", by_rows)
+        monkeypatch.setattr(module, "by_rows", by_rows)
         net.zero_grad()
         torch.manual_seed(3)
         loss = net.loss(batch)
