@@ -1168,7 +1168,7 @@ def test_a_block_that_knows_the_next_token_finds_it_in_every_slot(monkeypatch):
     x = torch.randint(64, (4, 9))
     e, y = torch.randn(4, 8, 32), block.table[x[:, 1:]]
     sure = 50 * F.one_hot(x[:, 1:], 64).float()
-    monkeypatch.setattr(block, "read", lambda *rest: (sure, None))
+    monkeypatch.setattr(block, "head", lambda h: sure)
     for temperature, n in ((0.0, 1), (1.0, 4)):
         assert torch.equal(recurrent.denoise_tokens(block, e, y, temperature, n), x[:, 1:])
 

@@ -1850,18 +1850,20 @@ def run(argv):
     own, group = deal(parts, ranks.get("rank", 0), ranks.get("world_size", 1))
     if group.size > 1:
         connect(own[0], group, device)
-    STOP["later"] = True
-    for part in own:  # of several blocks, those that were not begun are begun
-        resume = training.resume and (not several or (here / f"{part}.pt").exists())
-        try:
+    try:
+        STOP["later"] = True
+        for part in own:  # of several blocks, those that were not begun are begun
+            resume = training.resume and (not several or (here / f"{part}.pt").exists())
             train(module, model, part, config, training, data, device, resume, group)
-        except RuntimeError as e:
-            if group.size == 1:
-                raise
-            raise UserError(f"{part}: this process lost the others of its group, or failed "
-                            f"({str(e).splitlines()[0][:200]}); the last checkpoint is whole") from None
-        if STOP["signal"] and part != own[-1]:
-            raise Interrupted(STOP["signal"], f"{part} is done")
+            if STOP["signal"] and part != own[-1]:
+                raise Interrupted(STOP["signal"], f"{part} is done")
+    except RuntimeError as e:
+        if group.size == 1:
+            raise
+        raise UserError(f"{part}: this process lost the others of its group, or failed "
+                        f"({str(e).splitlines()[0][:200]}); the last checkpoint is whole") from None
+    finally:
+        STOP["later"] = False
     if group.size > 1:
         dist.destroy_process_group()
     if ranks:  # others may not have ended
