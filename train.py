@@ -268,8 +268,8 @@ def replacing(path):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the new name, too
         os.close(folder)
-    except (OSError, RuntimeError) as e:  # torch.save's are of both kinds
-        reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+    except (OSError, RuntimeError) as e:  # torch.save turns the first into the second, and its reason is lost
+        reason = getattr(e, "strerror", None) or "writing failed, as where a disk is full"
         raise UserError(f"cannot write {path}: {reason}; what was there before is untouched") from None
     finally:
         part.unlink(missing_ok=True)
@@ -1410,7 +1410,7 @@ def train(module, model, part, config, training, data, device, resume, group):
             if logs or saves or device.type == "cpu":
                 mean, = over_group([float(total) / since / group.size], group, dist.ReduceOp.SUM)
                 if not math.isfinite(mean):
-                    kept = "nothing" if last_saved is None else f"step {last_saved} in {path}"
+                    kept = "nothing of this run" if last_saved is None else f"step {last_saved} in {path}"
                     raise UserError(f"the loss of {part} is {mean} by step {step}; saved is {kept}; try a "
                                     f"lower --lr")
             if logs:
