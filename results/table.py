@@ -13,6 +13,8 @@ README = HERE.parent / "README.md"
 
 def spread(values, digits=3):
     """Mean and standard deviation over the seeds; of one seed, the value."""
+    if max(values) >= 1e4:
+        return f"{statistics.mean(values):.1e}"
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
@@ -48,11 +50,13 @@ class Runs:
 
 def tables():
     """{mark: text} for README.md."""
-    return {**main_table(), **gpt_tables(), **vit_tables(), **dit_tables(), **cifar_tables()}
+    return {**main_table(), **gpt_tables(), **recurrent_tables(), **mdm_tables(), **vit_tables(),
+            **dit_tables(), **cifar_tables(), **memory_tables(), **bench_tables()}
 
 
 def main_table():
-    gpt, vit, dit = Runs("gpt"), Runs("vit"), Runs("dit")
+    gpt, vit, dit, mdm = (Runs(model) for model in ("gpt", "vit", "dit", "mdm"))
+    recurrent, longer = Runs("recurrent"), Runs("recurrent", "time*")
     text, images, drawn = "bits per byte on held-out text", "held-out images", "generated images"
     distance, loss = "Frechet distance, features of our ViT", "denoising loss by block"
 
@@ -67,7 +71,13 @@ def main_table():
             ["", "Fréchet distance, features of our ViT, lower is better",
              *(dit.cell(drawn, f"{r}, guidance 1", distance) for r in ("baseline", "control", "blocks"))],
             ["`gpt.py`, bytes of Python sources, 4 blocks", "bits per byte, lower is better",
-             *(gpt.cell(text, r, "bits per byte") for r in ("baseline", "control", "blocks (bound)"))]])}
+             *(gpt.cell(text, r, "bits per byte") for r in ("baseline", "control", "blocks (bound)"))],
+            ["`mdm.py`, the same text, 3 blocks", "bits per byte, lower is better",
+             *(mdm.cell(f"{text} (bound)", r, "bits per byte") for r in ("baseline", "control", "blocks"))],
+            ["`recurrent.py`, the same text, 1 block, equal updates", "bits per byte, lower is better",
+             *(recurrent.cell(text, r, "bits per byte") for r in ("baseline", "control", "blocks (bound)"))],
+            ["the same, about equal time", "bits per byte, lower is better",
+             *(longer.cell(text, r, "bits per byte") for r in ("baseline", "control", "blocks (bound)"))]])}
 
 
 def gpt_tables():
@@ -102,6 +112,47 @@ def gpt_tables():
         for line in lines])
     return {"gpt": main, "blocks": blocks, "levels": sigma, "generated": runs.table(text, columns),
             "explored": explored}
+
+
+def mdm_tables():
+    names = {"baseline": "end to end, 6 layers", "control": "control: 2 layers, end to end",
+             "blocks": "**3 blocks of 2 layers, each trained alone**",
+             "blocks - baseline": "blocks − end to end", "blocks - control": "blocks − control"}
+    models = {name: (name, 3) for name in ("baseline", "control", "blocks")}
+    first, share = "bits per byte on held-out text (bound)", "the bound by interval, bits per byte"
+    # of text8 a token is a byte, and a byte a character
+    bits = {"mdm": {"bits per byte": ("bits per byte", 3)},
+            "mdm text8": {"bits per byte": ("bits per character", 3)}}
+    runs = {"mdm": Runs("mdm")}
+    return {**{mark: r.table(first, bits[mark], names) for mark, r in runs.items()},
+            **{f"{mark} shares": r.table(share, models) for mark, r in runs.items()}}
+
+
+def recurrent_tables():
+    runs = {"recurrent": Runs("recurrent"), "recurrent time": Runs("recurrent", "time*")}
+    first, passes, text = "bits per byte on held-out text", "by number of passes", "generated text"
+    names = {"baseline": "end to end, through 32 passes in the mean, 400 updates",
+             "control": "control: one pass, no noise",
+             "blocks (bound)": "**one block, a pass at a time** (bound)",
+             "blocks, cross-entropy at sigma_max": "the same, cross-entropy at sigma_max (one pass)",
+             "blocks (bound) - control": "bound − control",
+             "blocks (bound) - baseline": "bound − end to end"}
+    digits = {"baseline, bits per byte": 3, "baseline, next token right, %": 1,
+              "from z = 0, next token right, %": 1, "from noise, next token right, %": 1,
+              "bound of the sampler, bits per byte": 2, "the same from z alone (Bayes)": 2}
+    summary = markdown(["", "equal updates", "about equal time"], [
+        [name, *(r.cell(first, row, "bits per byte") for r in runs.values())] for row, name in names.items()])
+    columns = {column: (column, 2) for column in runs["recurrent"].tables[0][text]["held-out text"]}
+    levels = {"bits per byte": ("cross-entropy, bits per byte", 3),
+              "without its hint (z = 0)": ("without its hint (z = 0)", 3),
+              "context-free Bayes": ("from z alone (Bayes)", 3)}
+    rows = {f"{k} passes": str(k) for k in (1, 2, 4, 8, 16, 32, 64)}
+    by_passes = {f"{mark} passes": r.table(passes, {c: (c, d) for c, d in digits.items()}, rows)
+                 for mark, r in runs.items()}
+    longer = runs["recurrent time"]
+    return {"recurrent": summary, **by_passes,
+            "recurrent levels": longer.table("cross-entropy by noise level", levels),
+            "recurrent generated": longer.table(text, columns)}
 
 
 def vit_tables():
@@ -160,6 +211,37 @@ def cifar_tables():
         "cifar100 levels": vit.table("cross-entropy by noise level, owning block, bits per label", levels),
         "cifar10": dit.table("denoising loss by block", models)
         + f"\n| Fréchet distance, EfficientNet-lite0 features | {' | '.join(fd)} |"}
+
+
+def memory_tables():
+    presets = {"mdm": "`mdm --preset text8`, B = 3", "dit": "`dit --preset cifar10`, B = 3",
+               "vit": "`vit --preset cifar100`, B = 3", "gpt": "`gpt --preset lm1b`, B = 4"}
+    rows, kinds = [], ("weights, gradients, optimizer", "activations", "peak")
+    for model, name in presets.items():
+        table = json.loads((HERE / "memory" / f"{model}.json").read_text())["tables"]["of end to end, %"]
+        shares = [*(table["one block"][k] for k in kinds),
+                  *(table[f"{who}, activations checkpointed"]["peak"] for who in ("end to end", "one block"))]
+        rows.append([name, *(f"{share:.1f}" for share in shares)])
+    return {"memory": markdown(["of end to end, %", "one block: weights, gradients, optimizer", "activations",
+                                "peak", "peak, end to end, checkpointed", "peak, one block, checkpointed"],
+                               rows)}
+
+
+def bench_tables():
+    runs = {"vit": "`vit`, B = 3", "dit": "`dit`, B = 3", "mdm": "`mdm`, B = 3", "gpt": "`gpt`, B = 4",
+            "recurrent": "`recurrent`, aligned", "recurrent_two": "`recurrent --streams two`",
+            "vit_cifar100": "`vit --preset cifar100`, 8 images",
+            "dit_cifar10": "`dit --preset cifar10`, 8 images",
+            "mdm_text8": "`mdm --preset text8`, 2 windows"}
+    rows = []
+    for file, name in runs.items():
+        updates, steps = json.loads((HERE / "bench" / f"{file}.json").read_text())["tables"].values()
+        share = "of end to end, %"
+        block = statistics.mean(row[share] for part, row in steps.items() if part.startswith("block"))
+        rows.append([name, f"{updates['end to end']['ms']:.0f}", f"{updates['all blocks'][share]:.0f}",
+                     f"{updates['control'][share]:.0f}", f"{block:.0f}"])
+    return {"bench": markdown(["one CPU thread", "update, end to end, ms", "all blocks' updates, % of it",
+                               "control's, %", "step of sampling by a block, % of the baseline's"], rows)}
 
 
 def filled(readme):
