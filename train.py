@@ -1209,7 +1209,7 @@ def checkpoint_layers(net):
 
 
 def autocast(training, device):
-    """Matrix products in bf16 if --precision says so; norms, noise and losses stay in float32."""
+    """Matrix products in bf16 if --precision says so; noise, likelihoods and losses stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=training.precision == "bf16")
 
 
@@ -1563,6 +1563,7 @@ def bench(module, model, config, training, data, device, rounds):
     for part, (low, middle, high) in quartiles.items():
         table[part.replace("_", " ")] |= {
             "quartiles, ms": f"{1000 * low:.4g} to {1000 * high:.4g}",
+            "mean, ms": 1000 * statistics.mean(updates[part][3:]),
             f"{'tokens' if hasattr(config, 'seq_len') else 'images'} per second": per_update / middle,
             "TFLOP per second": flops[part] / middle / 1e12} | (
                 {"of the device's peak, %": 100 * flops[part] / middle / peak} if peak else {})

@@ -123,7 +123,7 @@ def mdm_tables():
     # of text8 a token is a byte, and a byte a character
     bits = {"mdm": {"bits per byte": ("bits per byte", 3)},
             "mdm text8": {"bits per byte": ("bits per character", 3)}}
-    runs = {"mdm": Runs("mdm")}
+    runs = {"mdm": Runs("mdm"), "mdm text8": Runs("mdm", "text8")}
     return {**{mark: r.table(first, bits[mark], names) for mark, r in runs.items()},
             **{f"{mark} shares": r.table(share, models) for mark, r in runs.items()}}
 
