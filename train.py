@@ -1108,8 +1108,12 @@ class Loss(nn.Module):
 
 def distributed(net, device):
     """A function as net.loss, whose backward leaves the mean gradient of all processes of the group."""
+    wrap = nn.parallel.DistributedDataParallel
+    names = inspect.signature(wrap).parameters  # torch 2.13 has a new name for it
+    own = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     devices = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(Loss(net), device_ids=devices, broadcast_buffers=False)
+    # buffers are fixed tables, the same in every process
+    return wrap(Loss(net), device_ids=devices, **{own: False})
 
 
 def over_group(values, group, how):
@@ -1436,6 +1440,7 @@ def train(module, model, part, config, training, data, device, resume, group):
                 progress("")
                 over_group([0], group, dist.ReduceOp.MAX)  # nobody leaves before that is saved
                 raise Interrupted(int(stop), f"{path} holds step {step} of {steps}" if leads else None)
+        over_group([0], group, dist.ReduceOp.MAX)  # nor after the last update
         if leads:
             say(f"done: {path}, peak memory {memory(device):.0f} MB, {time.time() - began:.0f} s")
 
@@ -1866,6 +1871,7 @@ def run(argv):
     finally:
         STOP["later"] = False
     if group.size > 1:
+        gc.collect()  # what still holds the group goes before it
         dist.destroy_process_group()
     if ranks:  # others may not have ended
         return
