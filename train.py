@@ -110,8 +110,8 @@ class Interrupted(BaseException):
     """A signal that asks the program to end: its number, and what there is to go on from, if anything."""
 
 
-def say(*text):
-    print(*text, flush=True)
+def say(text):
+    print(f"{text}\n", end="", flush=True)  # as one piece, since processes share a terminal
 
 
 def progress(text):
