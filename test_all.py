@@ -82,6 +82,18 @@ def shaken(net):
     return net
 
 
+def left_of_the_loss(net, batch):
+    """The loss after 200 updates on one batch, as a part of the first."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    first = net.loss(batch).item()
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss = net.loss(batch)
+        loss.backward()
+        optimizer.step()
+    return loss.item() / first
+
+
 # -----------------------------------------------------------------------------------------------------------
 # Noise levels and their division among blocks
 
@@ -510,15 +522,7 @@ def test_a_fresh_block_is_the_plain_decoder_whatever_the_noise():
                                   lambda c: gpt.Block(replace(c, readout="edm"), 0)])
 def test_one_batch_is_overfitted(make):
     c = config(sigma_min=.3, sigma_max=20.0)
-    net, batch = make(c), torch.randint(64, (4, 17))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    first = net.loss(batch).item()
-    for _ in range(200):
-        optimizer.zero_grad()
-        loss = net.loss(batch)
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < .2 * first
+    assert left_of_the_loss(make(c), torch.randint(64, (4, 17))) < .2
 
 
 @pytest.mark.parametrize("blocks", [True, False])
@@ -1085,15 +1089,8 @@ def test_a_recurrent_slot_is_scored_on_the_token_that_its_noise_was_added_to():
 @pytest.mark.parametrize("make", [lambda c: recurrent.Block(c, 0), recurrent.EndToEnd, recurrent.control,
                                   lambda c: recurrent.Block(replace(c, streams="two"), 0)])
 def test_one_batch_is_overfitted_by_recurrent_depth(make):
-    net, batch = make(recurrent_config(sigma_min=.3, sigma_max=20.0)), torch.randint(64, (4, 9))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    first = net.loss(batch).item()
-    for _ in range(200):
-        optimizer.zero_grad()
-        loss = net.loss(batch)
-        loss.backward()
-        optimizer.step()
-    assert loss.item() < .2 * first
+    c = recurrent_config(sigma_min=.3, sigma_max=20.0)
+    assert left_of_the_loss(make(c), torch.randint(64, (4, 9))) < .2
 
 
 def test_the_recurrent_baseline_is_causal_and_its_first_state_is_huginns():
@@ -1516,9 +1513,8 @@ def test_a_run_that_is_killed_at_any_instant_resumes_to_the_same_bits(model, dat
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("model", train.MODELS)
 def test_a_signal_ends_a_run_after_an_update_that_is_saved(model, number, data_dir, text_file, tmp_path):
-    path = tmp_path / model / "block_0.pt"
-    run, log = Child(*small(model, text_file, "--steps=99999", "--save-every=99999"), f"--out={tmp_path}"), \
-        path.with_suffix(".jsonl")
+    path, log = tmp_path / model / "block_0.pt", tmp_path / model / "block_0.jsonl"
+    run = Child(*small(model, text_file, "--steps=99999", "--save-every=99999"), f"--out={tmp_path}")
     run.wait_for(lambda: log.exists() and log.read_text())
     run.kill(number)
     code, lines = run.end()
@@ -1547,8 +1543,7 @@ def test_a_full_disk_gets_one_clear_line_and_costs_no_checkpoint(data_dir, text_
     assert code == 1 and lines[-1].startswith("error: cannot write prepared data"), lines
     assert not prepared(data_dir)
     assert Child(*common, "--steps=4").end()[0] == 0
-    before, common = path.read_bytes(), [*common, "--resume", "--steps=4000"]
-    state = torch.load(path, weights_only=True)
+    state, common = torch.load(path, weights_only=True), [*common, "--resume", "--steps=4000"]
     torch.save(state | {"steps": 4000, "training": state["training"] | {"steps": 4000}}, path)
     before = path.read_bytes()
     for limit, more in ((len(before) // 2, ["--save-every=2"]),

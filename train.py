@@ -8,9 +8,10 @@
     python train.py --model gpt --memory        what an update needs, term by term; --bench: its time
     python train.py --model gpt --sample        generate from the blocks (or --end-to-end: the baseline)
 
-This file holds flags, data, one training loop and checkpoints; it knows nothing of noise levels. A model file
-offers Config, PRESETS, Sampling, DATA, check, check_sampling, Block, EndToEnd, control, evaluate, sample,
-sampling_step, and JUDGE if it is scored by another model's baseline. """
+This file holds flags, data, one training loop, checkpoints, the division among processes, and the measuring of
+memory and time; it knows nothing of noise levels. A model file offers Config, PRESETS, Sampling, DATA, check,
+check_sampling, Block, EndToEnd, control, evaluate, sample, sampling_step, and JUDGE if it is scored by another
+model's baseline. """
 import argparse
 import contextlib
 import copy
@@ -71,7 +72,7 @@ class Training:
     compile: str = "auto"           # torch.compile of layers: off, default, reduce-overhead..; auto: on CUDA
     ema: float = 0.0                # decay of a running mean of the weights, at most (1+n)/(10+n); 0: none
     seed: int = 0                   # a block's random stream is a function of (seed, block) alone
-    threads: int = 0                # CPU threads; 0: all cores. Same number, same bits
+    threads: int = 0                # CPU threads; 0: all cores, or torchrun's share. Same number, same bits
     device: str = "auto"            # auto, cpu, cuda, cuda:1, mps
     out: str = "out"                # checkpoints and logs go to OUT/MODEL
     resume: bool = False            # go on from the checkpoint; on CPU the result is the same to the bit
@@ -166,7 +167,7 @@ def parse(argv):
     what.add_argument("--end-to-end", action="store_true", help="train the baseline")
     what.add_argument("--control", action="store_true", help="train the control, one block's worth of layers")
     what.add_argument("--eval", action="store_true", help="score the blocks beside baseline and control")
-    what.add_argument("--memory", action="store_true", help="measure what an update needs, term by term")
+    what.add_argument("--memory", action="store_true", help="measure what an update needs, uncompiled")
     what.add_argument("--bench", type=int, nargs="?", const=30, metavar="ROUNDS",
                       help="time updates and sampling of all parts in turn, 30 rounds unless told")
     what.add_argument("--sample", action="store_true", help="generate")
@@ -457,7 +458,7 @@ class Text:
         try:
             self.meta = read_meta(folder)
             dtype = np.dtype(self.meta["dtype"])
-            self.tokens = {s: np.memmap(folder / f"{s}.bin", dtype, "r") for s in ("train", "val")}
+            self.tokens = {s: np.memmap(folder / f"{s}.bin", dtype, "r") for s in SPLITS}
             token_bytes = np.load(folder / "token_bytes.npy")
             whole = (sha256(token_bytes) == self.meta["token_bytes"]
                      and all(sha256(self.tokens[s]) == self.meta[s]["sha256"] for s in self.tokens))
@@ -1583,7 +1584,7 @@ def bench(module, model, config, training, data, device, rounds):
 
 def memory_table(module, model, config, training, data, device):
     """Print and save what one update needs, end to end and of the largest block, without and with activations
-    checkpointed."""
+    checkpointed; layers are not compiled for it."""
     blocks = [f"block_{b}" for b in range(config.n_blocks)]
     largest = max(blocks, key=lambda part: parameters(module, config, [part]))
     rows, batch = {}, data.batch(training.batch_size // training.accumulate, config, 0)
