@@ -8,10 +8,10 @@
     python train.py --model gpt --memory        what an update needs, term by term; --bench: its time
     python train.py --model gpt --sample        generate from the blocks (or --end-to-end: the baseline)
 
-This file holds flags, data, one training loop, checkpoints, the division among processes, and the measuring of
-memory and time; it knows nothing of noise levels. A model file offers Config, PRESETS, Sampling, DATA, check,
-check_sampling, Block, EndToEnd, control, evaluate, sample, sampling_step, and JUDGE if it is scored by another
-model's baseline. """
+This file holds flags, data, one training loop, checkpoints, the division among processes, and the measuring
+of memory and time; it knows nothing of noise levels. A model file offers Config, PRESETS, Sampling, DATA,
+check, check_sampling, Block, EndToEnd, control, evaluate, sample, sampling_step, and JUDGE if it is scored by
+another model's baseline. """
 import argparse
 import contextlib
 import copy
