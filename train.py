@@ -53,6 +53,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from diffusion_blocks import send
 
 MODELS = ("gpt", "vit", "dit", "mdm", "recurrent")
+# what a model file offers
+CONTRACT = ("Config", "PRESETS", "Sampling", "DATA", "check", "check_sampling", "Block", "EndToEnd",
+            "control", "evaluate", "sample", "sampling_step")
 
 
 @dataclass
@@ -150,9 +153,14 @@ def parse(argv):
     first.add_argument("--model", default="gpt")
     first.add_argument("--preset", default="default")
     known, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    if known.model not in MODELS:
-        raise UserError(f"no model {known.model!r}; choose one of {', '.join(MODELS)}")
+    own = Path(__file__).parent / f"{known.model}.py"
+    if known.model not in MODELS and not (known.model.isidentifier() and own.exists()):
+        raise UserError(f"no model {known.model!r}; choose one of {', '.join(MODELS)}, or name a file of your "
+                        f"own beside train.py, without its .py")
     module = importlib.import_module(known.model)
+    lacks = [name for name in CONTRACT if not hasattr(module, name)]
+    if lacks:
+        raise UserError(f"{own.name} is not a model file: it lacks {', '.join(lacks)}")
     if known.preset not in module.PRESETS:
         raise UserError(f"{known.model} has no preset {known.preset!r}; it has {', '.join(module.PRESETS)}")
     preset = module.PRESETS[known.preset]

@@ -1,13 +1,13 @@
 """Rows of README.md's studies, one command each, and probes of trained models.
 
     python results/study.py                          # the names of all rows
-    python results/study.py dit12_uniform_444        # train it and score it: results/study/dit12_uniform_444.jsonl
+    python results/study.py dit12_uniform_444        # train and score it: study/dit12_uniform_444.jsonl
     python results/study.py --probe gpt --out out/0  # what lies in out/0/gpt, noise level by noise level
     python results/study.py --edges gpt --blocks 4   # edges at equal drops of the measured cross-entropy
     python results/study.py --rival mdm --out out/0  # checkpointed activations at the blocks' memory and time
 
-A row's file holds what it rests on (command, commit, machine, versions, seed, date), thinned training logs, and
-the tables of `train.py --eval`."""
+A row's file holds what it rests on (command, commit, machine, versions, seed, date), thinned training logs,
+and the tables of `train.py --eval`."""
 import argparse
 import datetime
 import json
@@ -124,7 +124,8 @@ def machine():
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
 
 
-def run_row(name, out, seed, threads):
+def run_row(name, out, seed, threads, score_only):
+    """Train a row's blocks and score them; or score again what lies in out, and keep the logs of training."""
     model, flags, variant = rows()[name]
     out = Path(out) / name
     if variant:
@@ -133,16 +134,39 @@ def run_row(name, out, seed, threads):
     if model == "dit":  # the judge: our vit.py
         if not (out / "vit" / "end_to_end.pt").exists():
             train.run(["--model", "vit", "--end-to-end", *common[-6:]])
-    train.run([*common, "--block", "all", "--log-every", "200"])
+    path = HERE / "study" / f"{name}{f'_seed{seed}' if seed else ''}.jsonl"
+    if score_only:
+        lines = [json.loads(line) for line in path.read_text().splitlines()][:-1]
+    else:
+        train.run([*common, "--block", "all", "--log-every", "200"])
     train.run(["--model", model, "--eval", *common[-4:]])
     report = json.loads((out / model / "eval.json").read_text())
-    lines = [about(f"python results/study.py {name} --seed {seed}")
-             | {"train": f"python train.py --model {model} --block all {' '.join(flags)}", "variant": variant,
-                "seed": seed, **{k: report[k] for k in ("config", "training", "data", "updates", "sampling")}}]
-    for log in sorted((out / model).glob("block_*.jsonl")):
-        lines += [{"part": log.stem} | json.loads(line) for line in log.read_text().splitlines()]
-    write(HERE / "study" / f"{name}{f'_seed{seed}' if seed else ''}.jsonl",
-          "".join(json.dumps(line) + "\n" for line in [*lines, {"tables": report["tables"]}]))
+    if not score_only:
+        lines = [about(f"python results/study.py {name} --seed {seed}")
+                 | {"train": f"python train.py --model {model} --block all {' '.join(flags)}",
+                    "variant": variant, "seed": seed,
+                    **{k: report[k] for k in ("config", "training", "data", "updates", "sampling")}}]
+        for log in sorted((out / model).glob("block_*.jsonl")):
+            lines += [{"part": log.stem} | json.loads(line) for line in log.read_text().splitlines()]
+    if model == "dit":
+        report["tables"]["denoising loss over all levels"] = over_all_levels(out)
+    lines.append({"scored": about(f"python results/study.py {name} --score --seed {seed}"),
+                  "tables": report["tables"]})
+    write(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+@torch.no_grad()
+def over_all_levels(out, n=48):
+    """The mean loss of the owning blocks at levels that are the same however the range is cut: n at equal
+    quantiles of the training noise."""
+    blocks, state = train.assemble(dit, "dit", out, {}, torch.device("cpu"))
+    settings = train.LOADERS["images"].settings
+    data = train.load_fitting(dit, state["config"], train.settle(settings, state["training"]),
+                              torch.device("cpu"))
+    levels = blocks[0].noise.icdf([(i + 0.5) / n for i in range(n)]).tolist()
+    losses = [dit.denoising_loss(blocks, *data.held_out(1000, blocks[0].config), s) for s in levels]
+    return {"mean": {"blocks": sum(losses) / n}, **{f"sigma {s:.4g}": {"blocks": v}
+                                                    for s, v in zip(levels, losses)}}
 
 
 def write(path, text):
@@ -268,7 +292,7 @@ def without(blocks, b, steps):
 
 @torch.no_grad()
 def gpt_steps(blocks, baseline, control, data, out):
-    """The next byte right over the number of levels and without each block; generated text under the judge."""
+    """The next byte right over the number of levels and without each block; generated text, judged."""
     config, noise, grid = blocks[0].config, blocks[0].noise, blocks[0].noise.steps
     windows, tables = data.held_out(64, config).split(16), {"levels": {}, "left out": {}, "text": {}}
 
@@ -379,7 +403,7 @@ def equal_information(model, n_blocks):
     loss, most = [], 0.0
     for i, s in enumerate(sigma):
         owner = next(b for b, (lo, hi) in enumerate(intervals) if s > lo or b == len(intervals) - 1)
-        most = max(most, report["curve"]["blocks"][owner][i])  # noise in the measurement must not turn it back
+        most = max(most, report["curve"]["blocks"][owner][i])  # a noisy measurement must not turn back
         loss.append(most)
     edges = [sigma[0]]
     for k in range(1, n_blocks):
@@ -457,6 +481,7 @@ if __name__ == "__main__":
     parser.add_argument("--rival", choices=MODULES)
     parser.add_argument("--edges", choices=("vit", "gpt", "recurrent"))
     parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--score", action="store_true", help="score the rows again, without training them")
     parser.add_argument("--out", default="out/study")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -474,4 +499,4 @@ if __name__ == "__main__":
     for name in own.rows:
         if name not in rows():
             sys.exit(f"error: no row {name!r}; python results/study.py names them all")
-        run_row(name, own.out, own.seed, own.threads)
+        run_row(name, own.out, own.seed, own.threads, own.score)
