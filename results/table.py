@@ -48,6 +48,22 @@ class Runs:
             for row, name in rows.items()])
 
 
+def row(name):
+    """(what it rests on, tables) of a row of results/study.py."""
+    lines = [json.loads(line) for line in (HERE / "study" / f"{name}.jsonl").read_text().splitlines()]
+    return lines[0], lines[-1]["tables"]
+
+
+def score(name):
+    """What rows of a model are compared by: the denoising loss over all levels of dit, else the bound."""
+    about, found = row(name)
+    text = "bits per byte on held-out text"
+    return {"dit": lambda: found["denoising loss over all levels"]["mean"]["blocks"],
+            "mdm": lambda: found[f"{text} (bound)"]["blocks"]["bits per byte"],
+            "gpt": lambda: found[text]["blocks (bound)"]["bits per byte"],
+            "vit": lambda: found["held-out images"]["blocks (bound)"]["bits per label"]}[name[:3]]()
+
+
 def tables():
     """{mark: text} for README.md."""
     return {**main_table(), **gpt_tables(), **recurrent_tables(), **mdm_tables(), **vit_tables(),
