@@ -2605,7 +2605,65 @@ def test_augmented_batches_are_still_images(n, channels):
 
 
 # -----------------------------------------------------------------------------------------------------------
-# README.md
+# The paper's settings
+
+AR = dict(n_layer=12, n_blocks=4, n_embd=768, n_head=12, seq_len=256, batch_size=256, epochs=10, lr=3e-4,
+          warmup=2500, gamma=.1, tokenizer="gpt2")
+DIT = dict(n_blocks=3, patch_size=2, batch_size=512, epochs=100, label_drop=.1, guidance=2, gamma=.05,
+           euler_steps=50, warmup=0, final_lr=1)
+PAPER = {  # method, section 3, typed here from the paper's table
+    ("vit", "cifar100"): dict(n_layer=12, n_blocks=3, n_embd=128, n_head=4, patch_size=4, n_mlp=3072,
+                              batch_size=128, epochs=500, lr=5e-4, final_lr=.1, warmup=10 * 391, gamma=.05,
+                              dropout=.1, augment="crop,flip,rand", data="uoft-cs/cifar100"),
+    ("vit", "tiny-imagenet"): dict(n_layer=12, n_blocks=2, n_embd=768, patch_size=4, batch_size=256,
+                                   epochs=100, lr=1e-4, gamma=.05, data="zh-plus/tiny-imagenet"),
+    ("dit", "cifar10"): dict(DIT, n_layer=12, n_embd=384, n_head=6, lr=1e-4, data="uoft-cs/cifar10"),
+    ("dit", "imagenet256"): dict(DIT, n_layer=24, n_embd=1024, n_head=16, lr=5e-5),
+    ("mdm", "text8"): dict(n_layer=12, n_blocks=3, n_embd=768, n_head=12, seq_len=256, batch_size=256,
+                           epochs=100, lr=3e-4, weight_decay=.03, warmup=2000, gamma=.05, schedule="linear",
+                           data="afmck/text8", tokenizer="bytes"),
+    ("gpt", "lm1b"): dict(AR, data="dvruette/lm1b"),
+    ("gpt", "owt"): dict(AR, seq_len=1024, data="Skylion007/openwebtext"),
+    ("recurrent", "lm1b"): dict(n_prelude=2, n_core=4, n_coda=2, n_embd=512, n_head=8, seq_len=256,
+                                mean_passes=32, n_passes=32, epochs=15, tokenizer="gpt2",
+                                data="dvruette/lm1b")}
+
+
+class OneExample:
+    """Data of the shapes that a configuration asks for, an example at a time."""
+
+    def batch(self, n, config, index):
+        if hasattr(config, "seq_len"):
+            return torch.randint(config.vocab_size, (1, config.seq_len + 1))
+        size = config.image_size
+        return torch.rand(1, config.n_channel, size, size) * 2 - 1, torch.randint(config.n_class, (1,))
+
+
+@pytest.mark.parametrize("model, name", PAPER)
+def test_a_preset_has_the_papers_settings_and_its_full_size_block_learns(model, name):
+    module = sys.modules[model]
+    assert [n for n in module.PRESETS if n != "default"] == [n for m, n in PAPER if m == model]
+    preset = module.PRESETS[name]
+    training = train.settle(train.LOADERS[module.DATA].settings, preset)
+    config, sampling = (train.settle(cls, preset) for cls in (module.Config, module.Sampling))
+    for field, value in PAPER[model, name].items():
+        owner = next(o for o in (training, config, sampling) if hasattr(o, field))
+        assert getattr(owner, field) == value, field
+    facts = dict(vocab_size=256 if name == "text8" else 50257, image_size=64 if "tiny" in name else 32,
+                 n_channel=4 if "imagenet256" in name else 3, n_class=1000, data_std=.5)
+    config = replace(config, **{k: v for k, v in facts.items() if hasattr(config, k)})
+    module.check(config)
+    training.warmup = 0  # or the first steps would be too small to see
+    train.choose_speed(training, torch.device("cpu"))
+    learner = train.begin(module, config, "block_0", training, torch.device("cpu"))
+    before = {k: v.clone() for k, v in learner.net.state_dict().items()}
+    for step in range(2):
+        assert train.update(learner, OneExample(), config, training, step, 2, torch.device("cpu")).isfinite()
+    assert any(not torch.equal(v, before[k]) for k, v in learner.net.state_dict().items())
+
+
+# -----------------------------------------------------------------------------------------------------------
+# README.md and results/
 
 def test_every_number_in_the_readmes_tables_comes_from_a_log():
     command = [sys.executable, HERE / "results" / "table.py", "--check"]
@@ -2618,6 +2676,81 @@ def test_the_readme_counts_the_lines_of_every_file():
     assert len(rows) == 8
     for name, count in rows:
         assert len((HERE / name).read_text().splitlines()) == pytest.approx(int(count), rel=.05), name
+
+
+# the README's commands run on a copy in which default runs and measurements are short: (file, what, by what)
+CUTS = [(f"{model}.py", r'("default": dict\(steps)=\d+', r"\1=2") for model in train.MODELS] + [
+    ("gpt.py", "n_windows=256", "n_windows=2"), ("gpt.py", "n=64, length=128", "n=2, length=2"),
+    ("recurrent.py", "n_windows=256", "n_windows=2"), ("recurrent.py", "n=32, length=64", "n=2, length=2"),
+    ("mdm.py", r"held_out\(10 \*\* 9,", "held_out(2,"), ("dit.py", "n_eval: int = 2000", "n_eval: int = 20"),
+    ("train.py", "const=30", "const=2"), ("results/study.py", "n_windows=64", "n_windows=2"),
+    ("results/study.py", r"held_out\(64, config\)(.split|\[)", r"held_out(2, config)\1"),
+    ("results/study.py", ", 128, euler_steps", ", 2, euler_steps"),
+    ("results/study.py", r"\[0\], 64, 192, data", "[0], 64, 66, data")]
+SBATCH = """#!/bin/bash
+# as Slurm would, one after another
+for i in 0 1 2 3; do SLURM_ARRAY_TASK_ID=$i bash -c "${@: -1}" || exit 1; done
+"""
+
+
+def readme_commands():
+    """Every command of README.md: lines of its blocks without a language, and what stands within a text."""
+    text = re.sub(r"```python.*?```", "", (HERE / "README.md").read_text(), flags=re.S)
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines = [line for line in lines if re.match("python |torchrun |for |sbatch |pip ", line)]
+    inline = re.sub(r"```.*?```", "", text, flags=re.S)
+    return lines + re.findall(r"`(python (?:train|results/\w+)\.py[^`]*)`", inline)
+
+
+def test_every_command_of_the_readme_works_as_written_and_so_does_its_sixth_model(tmp_path):
+    repo, stubs = tmp_path / "repo", tmp_path / "stubs"
+    shutil.copytree(HERE, repo, ignore=lambda folder, names: {
+        n for n in names if n in (".git", "out", "__pycache__", ".pytest_cache") or
+        Path(folder).name == "data" and not n.startswith("digits")})
+    for file, what, by in CUTS:
+        text, n = re.subn(what, by, (repo / file).read_text())
+        assert n, f"nothing to cut in {file}: {what}"
+        (repo / file).write_text(text)
+    sixth = re.search(r"```python\n(\"\"\"Residual MLP.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    assert sixth.count("\n") < 150
+    (repo / "mlp.py").write_text(sixth)
+    stubs.mkdir()
+    for name, script in (("pip", "#!/bin/sh\n"), ("pytest", "#!/bin/sh\n"), ("sbatch", SBATCH)):
+        (stubs / name).write_text(script)  # the first two are run by .ci/run
+        (stubs / name).chmod(0o755)
+    path = f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PATH": path}
+
+    def run(line):
+        done = subprocess.run(["bash", "-c", line], cwd=repo, env=env, capture_output=True, text=True)
+        said = done.stdout + done.stderr
+        assert done.returncode == 0 and "Traceback" not in said and "error:" not in said, f"{line}\n{said}"
+    for model in train.MODELS[:1] + train.MODELS[2:]:  # what is sampled must have been trained
+        run(f"python train.py --model {model} --block all")
+    commands = readme_commands()
+    assert len(commands) >= 25
+    for line in commands:
+        run(line)
+    rows = json.loads((repo / "out/mlp/eval.json").read_text())["tables"]["held-out images"]
+    assert len(rows) == 3 and min(row["accuracy, %"] for row in rows.values()) > 95
+
+
+def test_the_readmes_pictures_are_there_and_are_drawn_from_the_logs(tmp_path):
+    named = re.findall(r"\]\((results/\S+\.png)\)", (HERE / "README.md").read_text())
+    assert len(named) >= 8 and all((HERE / name).exists() for name in named)
+    pytest.importorskip("matplotlib", reason="pictures are drawn with matplotlib, which is not installed here")
+    shutil.copytree(HERE / "results", tmp_path / "results")
+    shutil.copy(HERE / "diffusion_blocks.py", tmp_path)
+    drawn = tmp_path / "results" / "images"
+    shutil.rmtree(drawn)
+    subprocess.run([sys.executable, tmp_path / "results" / "figures.py"], check=True)
+    for path in drawn.glob("*.png"):
+        assert path.name in " ".join(named), f"{path.name} is not in the README"
+        with Image.open(path) as new, Image.open(HERE / "results" / "images" / path.name) as old:
+            assert new.size == old.size
+            difference = np.abs(np.asarray(new.convert("L"), float) - np.asarray(old.convert("L"), float))
+            assert difference.mean() < 1, f"{path.name} is not what the logs say: python results/figures.py"
 
 
 def test_the_readmes_commands_are_accepted():

@@ -200,7 +200,7 @@ def blocks():
             "dit": "denoising loss", "mdm": "bits per byte (bound)", "gpt": "bits per byte (bound)",
             "vit": "bits per label (bound)"}.items()):
         n = [n for n in (1, 2, 3, 4, 6) if (HERE / f"study/{model}12_b{n}.jsonl").exists()]
-        y = [score(f"{model}12_b{k}") for k in n]
+        y = [score(f"{model}12_b{k}", {"dit": "loss"}.get(model, model)) for k in n]
         axis.plot(n, y, color=BLOCKS[0], marker="o")
         for k, v in zip(n, y):
             axis.annotate(f"{v:.3f}", (k, v), textcoords="offset points", xytext=(0, 6), ha="center",

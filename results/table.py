@@ -1,6 +1,9 @@
-"""Rebuild the numbers of README.md from the logs beside this file: python results/table.py [--check]
+"""Rebuild the tables of README.md and of results/README.md from the logs beside this file:
 
-What stands between the README's marks comes from results/MODEL/seed*/eval.json (`train.py --eval`)."""
+    python results/table.py [--check]
+
+What stands between marks there comes from results/MODEL/seed*/eval.json (`train.py --eval`), results/study,
+probe and rival (`results/study.py`), memory, bench (`train.py --memory`, `--bench`) and hours.json."""
 import json
 import re
 import statistics
@@ -8,7 +11,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PLACES = HERE.parent / "README.md", HERE / "README.md"
+FRECHET, UPDATES = "Frechet distance, features of our ViT", "of the blocks' updates, %"
 
 
 def spread(values, digits=3):
@@ -48,52 +52,79 @@ class Runs:
             for row, name in rows.items()])
 
 
-def row(name):
-    """(what it rests on, tables) of a row of results/study.py."""
-    lines = [json.loads(line) for line in (HERE / "study" / f"{name}.jsonl").read_text().splitlines()]
-    return lines[0], lines[-1]["tables"]
+# the columns of a row of results/study.py that tables show: {name: where it stands in the row's tables}
+TEXT, MASKED = "bits per byte on held-out text", "bits per byte on held-out text (bound)"
+SCORES = {"loss": ("denoising loss over all levels", "mean", "blocks"),
+          "distance": ("generated images", "blocks, guidance 1", FRECHET),
+          "mdm": (MASKED, "blocks", "bits per byte"), "gpt": (TEXT, "blocks (bound)", "bits per byte"),
+          "at_max": (TEXT, "blocks, cross-entropy at sigma_max", "bits per byte"),
+          "next": ("next token right, %", "blocks from z = 0", "%"),
+          "drawn": ("next token right, %", "blocks from noise", "%"),
+          "vit": ("held-out images", "blocks (bound)", "bits per label"),
+          "right": ("held-out images", "blocks from z = 0", "accuracy, %")}
 
 
-def score(name):
-    """What rows of a model are compared by: the denoising loss over all levels of dit, else the bound."""
-    about, found = row(name)
-    text = "bits per byte on held-out text"
-    return {"dit": lambda: found["denoising loss over all levels"]["mean"]["blocks"],
-            "mdm": lambda: found[f"{text} (bound)"]["blocks"]["bits per byte"],
-            "gpt": lambda: found[text]["blocks (bound)"]["bits per byte"],
-            "vit": lambda: found["held-out images"]["blocks (bound)"]["bits per label"]}[name[:3]]()
+def score(name, what):
+    """A figure of a row of results/study.py, or None where it was not run."""
+    path = HERE / "study" / f"{name}.jsonl"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text().splitlines()[-1])["tables"]
+    for key in SCORES[what]:
+        found = found[key]
+    return found
+
+
+def cells(names, what, digits=3):
+    values = [score(name, what) for name in names]
+    return ["not run" if v is None else f"{v:.{digits}f}" for v in values]
+
+
+def probe(model):
+    return json.loads((HERE / "probe" / f"{model}.json").read_text())
 
 
 def tables():
-    """{mark: text} for README.md."""
+    """{mark: text} for the places named above."""
     return {**main_table(), **gpt_tables(), **recurrent_tables(), **mdm_tables(), **vit_tables(),
-            **dit_tables(), **cifar_tables(), **memory_tables(), **bench_tables()}
+            **dit_tables(), **cifar_tables(), **memory_tables(), **bench_tables(), **study_tables(),
+            **step_tables(), **left_out_tables(), **rival_table(), **hours_table()}
 
 
 def main_table():
     gpt, vit, dit, mdm = (Runs(model) for model in ("gpt", "vit", "dit", "mdm"))
     recurrent, longer = Runs("recurrent"), Runs("recurrent", "time*")
     text, images, drawn = "bits per byte on held-out text", "held-out images", "generated images"
-    distance, loss = "Frechet distance, features of our ViT", "denoising loss by block"
+    loss = "denoising loss by block"
 
     def weighted(name):  # every block's interval has the same probability: the plain mean is over all levels
         return spread([statistics.mean(row[name] for row in run[loss].values()) for run in dit.tables])
+    def peak(model):  # of an update
+        path = HERE / "memory" / "default" / f"{model}.json"
+        return f"{json.loads(path.read_text())['tables']['of end to end, %']['one block']['peak']:.0f} %"
     return {"main": markdown(
-        ["", "measured", "end to end", "control: one block's layers", "**blocks, each trained alone**"], [
-            ["`vit.py`, 8x8 digits, 3 blocks", "accuracy, %, higher is better",
-             *(vit.cell(images, r, "accuracy, %", 1) for r in ("baseline", "control", "blocks from z = 0"))],
-            ["`dit.py`, 8x8 digits, 3 blocks", "denoising loss, lower is better",
-             *(weighted(r) for r in ("baseline", "control", "blocks"))],
-            ["", "Fréchet distance, features of our ViT, lower is better",
-             *(dit.cell(drawn, f"{r}, guidance 1", distance) for r in ("baseline", "control", "blocks"))],
-            ["`gpt.py`, bytes of Python sources, 4 blocks", "bits per byte, lower is better",
-             *(gpt.cell(text, r, "bits per byte") for r in ("baseline", "control", "blocks (bound)"))],
-            ["`mdm.py`, the same text, 3 blocks", "bits per byte, lower is better",
-             *(mdm.cell(f"{text} (bound)", r, "bits per byte") for r in ("baseline", "control", "blocks"))],
-            ["`recurrent.py`, the same text, 1 block, equal updates", "bits per byte, lower is better",
-             *(recurrent.cell(text, r, "bits per byte") for r in ("baseline", "control", "blocks (bound)"))],
-            ["the same, about equal time", "bits per byte, lower is better",
-             *(longer.cell(text, r, "bits per byte") for r in ("baseline", "control", "blocks (bound)"))]])}
+        ["", "paper: end to end", "paper: blocks", "ours", "end to end", "control: one block's layers",
+         "**blocks, each trained alone**", "memory of a block"], [
+            ["`vit.py`", "60.25 % (CIFAR-100)", "59.30 %", "8x8 digits, 3 blocks: accuracy, % ↑",
+             *(vit.cell(images, r, "accuracy, %", 1) for r in ("baseline", "control", "blocks from z = 0")),
+             peak("vit")],
+            ["`dit.py`", "FID 39.83 (CIFAR-10)", "37.20", "8x8 digits, 3 blocks: Fréchet distance ↓",
+             *(dit.cell(drawn, f"{r}, guidance 1", FRECHET) for r in ("baseline", "control", "blocks")),
+             peak("dit")],
+            ["", "", "", "the same: denoising loss ↓",
+             *(weighted(r) for r in ("baseline", "control", "blocks")), ""],
+            ["`gpt.py`", "MAUVE .50 (LM1B)", ".71", "Python sources, 4 blocks: bits per byte ↓",
+             *(gpt.cell(text, r, "bits per byte") for r in ("baseline", "control", "blocks (bound)")),
+             peak("gpt")],
+            ["`mdm.py`", "1.56 bits (text8)", "1.45", "Python sources, 3 blocks: bits per byte ↓",
+             *(mdm.cell(f"{text} (bound)", r, "bits per byte") for r in ("baseline", "control", "blocks")),
+             peak("mdm")],
+            ["`recurrent.py`", "MAUVE .49 (LM1B)", ".70", "Python sources, equal updates: bits per byte ↓",
+             *(recurrent.cell(text, r, "bits per byte") for r in ("baseline", "control", "blocks (bound)")),
+             peak("recurrent")],
+            ["", "", "", "the same, about equal time",
+             *(longer.cell(text, r, "bits per byte") for r in ("baseline", "control", "blocks (bound)")),
+             ""]])}
 
 
 def gpt_tables():
@@ -260,17 +291,143 @@ def bench_tables():
                                "control's, %", "step of sampling by a block, % of the baseline's"], rows)}
 
 
-def filled(readme):
-    for mark, text in tables().items():
+def study_tables():
+    """The paper's questions at small scale, one seed."""
+    splits = {"4,4,4": ("38.03", "43.53"), "3,6,3": ("41.64", "43.59"), "6,4,2": ("45.42", "47.49"),
+              "2,4,6": ("40.40", "42.37")}  # the paper's FID, equal probability and uniform
+    partition = []
+    for split, paper in splits.items():
+        line = [split]
+        for edges, fid in zip(("probability", "uniform"), paper):
+            name = [f"dit12_{edges}_{split.replace(',', '')}"]
+            line += [*cells(name, "loss", 4), *cells(name, "distance"), fid]
+        partition.append(line)
+    n = 1, 2, 3, 4, 6
+    sweep = [[what, *cells([f"{model}12_b{k}" for k in n], key, digits)] for what, model, key, digits in (
+        ("dit, denoising loss", "dit", "loss", 4), ("dit, Fréchet distance", "dit", "distance", 3),
+        ("mdm, bits per byte", "mdm", "mdm", 3), ("gpt, bits per byte (bound)", "gpt", "gpt", 3),
+        ("vit, accuracy, %", "vit", "right", 1), ("vit, bits per label (bound)", "vit", "vit", 3))]
+    sweep += [["paper: CIFAR-10 test FID", "39.83", "35.47", "38.03", "45.43", "53.32"],
+              ["paper: ImageNet test FID", "12.09", "9.90", "11.11", "11.90", "14.43"],
+              ["paper: LM1B MAUVE, higher is better", "", ".61", ".65", ".67", ".62"]]
+    of_dit = ["dit12_probability_444", "dit12_b3", "dit12_gamma_0.1", "dit12_gamma_0.2"]
+    of_gpt = ["gpt_gamma_0", "gpt_gamma_0.05", "gpt_short", "gpt_gamma_0.2"]
+    gamma = [["dit, denoising loss", *cells(of_dit, "loss", 4)],
+             ["dit, Fréchet distance", *cells(of_dit, "distance")],
+             ["gpt, bits per byte (bound)", *cells(of_gpt, "gpt")]]
+    choices = {
+        "default: equal probability, Bayes readout, no weight, fixed table": "gpt_short",
+        "edges uniform in ln sigma": "gpt_uniform", "edges at equal information": "gpt_equal_information",
+        "noise range [.15, 20], p_mean -.3, p_std .8": "gpt_range",
+        "weight: EDM's, per sample": "gpt_weighted",
+        "weight: the released code's batch mean": "gpt_batch_mean",
+        "readout: EDM's": "gpt_edm_readout",
+        "readout and weight: EDM's": "gpt_edm_readout_weighted",
+        "table: trained by block 0, then frozen": "gpt_learned_table",
+        "layers 1,3,3,1": "gpt_split_1331", "layers 3,3,1,1": "gpt_split_3311",
+        "layers 1,1,3,3": "gpt_split_1133"}
+    chosen = [[what, *cells([name], "gpt"), *cells([name], "at_max"), *cells([name], "next", 1),
+               *cells([name], "drawn", 1)] for what, name in choices.items()]
+    return {
+        "partition": markdown(["layers", "equal probability: loss", "Fréchet distance", "paper, FID",
+                           "uniform: loss", "Fréchet distance", "paper, FID"], partition),
+        "sweep": markdown(["12 layers", *(f"B = {k}" for k in n)], sweep),
+        "gamma": markdown(["overlap gamma", "0", ".05", ".1", ".2"], gamma),
+        "choices": markdown(["gpt.py, 4 blocks of 2 layers, 400 updates", "bound, bits per byte",
+                         "cross-entropy at sigma_max", "next byte right from z = 0, %", "from noise, %"],
+                        chosen)}
+
+
+def step_tables():
+    """Quality over the number of noise levels visited."""
+    dit, vit, gpt, mdm = (probe(model)["steps"] for model in ("dit", "vit", "gpt", "mdm"))
+    bits, drawn = "judge, bits per byte", "Frechet distance"
+    moves = [int(row.split()[1]) for row in mdm["text"] if row.startswith("blocks")]
+    return {
+        "dit steps": markdown(["dit, levels", *dit["levels"]], [
+            [name, *(f"{row[name][drawn]:.3f}" for row in dit["levels"].values())]
+            for name in ("blocks", "baseline")]),
+        "vit steps": markdown(["vit, levels", *vit["levels"]], [
+            [name, *(f"{row[name]:.1f}" for row in vit["levels"].values())]
+            for name in ("from z = 0, %", "from noise, %")]),
+        "gpt steps": markdown(["gpt, levels", *gpt["levels"]], [
+            [name, *(f"{row[name]:.1f}" for row in gpt["levels"].values())]
+            for name in ("from z = 0, %", "from noise, %")]),
+        "mdm steps": markdown(["mdm, moves", *map(str, moves)], [
+            [f"{name}, {what}", *(f"{mdm['text'][f'{name}, {n} moves'][what]:.2f}" for n in moves)]
+            for name in ("blocks", "baseline") for what in (bits, "distinct-2")])}
+
+
+def left_out_tables():
+    """The chain without a block's levels; each block of mdm on each interval."""
+    dit, gpt = (probe(model)["steps"]["left out"] for model in ("dit", "gpt"))
+    rows = [["none", f"{dit['none']['Frechet distance']:.3f}", f"{gpt['none']['from z = 0, %']:.1f}"]]
+    for name, row in gpt.items():
+        if name != "none":
+            of_dit = f"{dit[name]['Frechet distance']:.3f}" if name in dit else ""
+            rows.append([name, of_dit, f"{row['from z = 0, %']:.1f}"])
+    curve, intervals = probe("mdm")["curve"], probe("mdm")["intervals"]
+
+    def over(losses, lo, hi):
+        return f"{statistics.mean(v for t, v in zip(curve['level'], losses) if lo < t <= hi):.3f}"
+    nets = {**{f"block {b}": losses for b, losses in enumerate(curve["blocks"])},
+            "baseline": curve["baseline"], "control": curve["control"]}
+    return {"left out": markdown(["left out", "dit: Fréchet distance", "gpt: next byte right, %"], rows),
+            "exchanged": markdown(
+                ["mdm, bits per masked byte", *(f"t {lo:.2f} to {hi:.2f}" for lo, hi in intervals)],
+                [[name, *(over(losses, lo, hi) for lo, hi in intervals)] for name, losses in nets.items()])}
+
+
+def rival_table():
+    """End to end with checkpointed activations, at the blocks' time and no more memory than a block."""
+    lines = []
+    for model in ("dit", "mdm", "gpt"):
+        path = HERE / "rival" / f"{model}.json"
+        if not path.exists():
+            lines.append([f"`{model}`", *["not run"] * 6])
+            continue
+        found, text = json.loads(path.read_text()), TEXT if model == "gpt" else MASKED
+        peaks, first = found["peak, bytes"], Runs(model, "seed0").tables[0]
+        least, part = peaks[f"end to end, checkpointed, {found['pieces']} pieces"], found[UPDATES]
+        if model == "dit":
+            def value(tables, who):
+                return statistics.mean(row[who] for row in tables["denoising loss by block"].values())
+        else:
+            def value(tables, who):
+                bound = "blocks (bound)" if model == "gpt" and who == "blocks" else who
+                return tables[text][bound]["bits per byte"]
+        lines.append([f"`{model}`", f"{peaks['one block'] / 1e6:.0f}",
+                      f"{least / 1e6:.0f} ({found['pieces']})",
+                      f"{part:.0f}", f"{value(found['tables'], 'blocks'):.3f}",
+                      f"{value(found['tables'], 'baseline'):.3f}", f"{value(first, 'baseline'):.3f}"])
+    return {"rival": markdown(["", "peak of a block, MB", "of the rival, MB (pieces)",
+                               "rival's updates, % of the blocks'", "blocks", "rival",
+                               "end to end, as many updates as a block"], lines)}
+
+
+def hours_table():
+    found, rows = json.loads((HERE / "hours.json").read_text())["rows"], []
+    for name, row in found.items():
+        rows.append([f"`{name}`", f"{row['updates']:,}",
+                     *(f"{row[part]['TFLOP an update']:.3g}" for part in ("end to end", "blocks")),
+                     *(f"{row[part]['hours']:.2g}" for part in ("end to end", "control", "blocks"))])
+    return {"hours": markdown(["preset", "updates of a part", "TFLOP an update, end to end", "all blocks",
+                               "hours, end to end", "control", "all blocks"], rows)}
+
+
+def filled(texts):
+    """The texts with every table between its marks."""
+    for mark, table in tables().items():
         place = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- end -->)", re.S)
-        readme, n = place.subn(lambda m: m[1] + text + "\n" + m[2], readme)
-        assert n == 1, f"README.md has {n} places marked {mark}"
-    return readme
+        texts, counts = zip(*(place.subn(lambda m: m[1] + table + "\n" + m[2], text) for text in texts))
+        assert sum(counts) == 1, f"there are {sum(counts)} places marked {mark}"
+    return texts
 
 
 if __name__ == "__main__":
-    before = README.read_text()
+    before = tuple(path.read_text() for path in PLACES)
     after = filled(before)
     if "--check" in sys.argv:
-        sys.exit("README.md is not what the logs say: python results/table.py" if before != after else 0)
-    README.write_text(after)
+        sys.exit("the README is not what the logs say: python results/table.py" if before != after else 0)
+    for path, text in zip(PLACES, after):
+        path.write_text(text)
