@@ -324,7 +324,7 @@ def generate_images(nets, label, sampling):
     steps = (net.noise.edm_steps if sampling.heun else net.noise.steps)(sampling.euler_steps)
     for part in label.split(512):
         shape = (len(part), config.n_channel, config.image_size, config.image_size)
-        z = net.noise.sigma_max * torch.randn(shape).to(part.device)         # (N, K, H, W)
+        z = steps[0].item() * torch.randn(shape).to(part.device)             # (N, K, H, W)
 
         def denoise(z, sigma):
             block = blocks[net.noise.block_of(sigma).item()]  # the one block that owns the level

@@ -420,13 +420,13 @@ def denoise_token(blocks, x, contexts, temperature, euler_steps):
     """The tokens (N, T) after each of the last T clean tokens x: from noise through the blocks, then the
     nearest row."""
     noise, table = blocks[0].noise, blocks[0].table
-    z = temperature * noise.sigma_max * torch.randn(*x.shape, table.shape[1], device=x.device)  # (N, T, C)
+    steps = noise.steps(euler_steps or max(len(blocks) + 1, 4))
+    z = temperature * steps[0].item() * torch.randn(*x.shape, table.shape[1], device=x.device)  # (N, T, C)
 
     def denoise(z, sigma):
         b = noise.block_of(sigma).item()
         return blocks[b].denoise(x, z, sigma.float().to(x.device).expand(len(x)), contexts[b])
-    d = euler(denoise, z, noise.steps(euler_steps or max(len(blocks) + 1, 4)))                  # (N, T, C)
-    return (d @ table.T).argmax(-1)                                                             # (N, T)
+    return (euler(denoise, z, steps) @ table.T).argmax(-1)                                      # (N, T)
 
 
 def sampling_step(net, n):

@@ -2753,6 +2753,23 @@ def test_the_readmes_pictures_are_there_and_are_drawn_from_the_logs(tmp_path):
             assert difference.mean() < 1, f"{path.name} is not what the logs say: python results/figures.py"
 
 
+def test_the_readmes_five_lines_are_the_loss_that_is_trained():
+    lines = re.search(r"```python\n(sigma = .*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    net = shaken(vit.Block(image_config(vit), 1))
+    x, label = image_batch()
+    E, y = net.table, net.table[label]
+
+    def prior(x, z, sigma):
+        return net.logits(x, z, sigma[:, 0]) - z @ E.T / sigma ** 2
+    names = dict(noise=net.noise, b=1, y=y, x=x, E=E, label=label, block=prior, torch=torch, F=F)
+    torch.manual_seed(1)
+    exec(lines, names)
+    torch.manual_seed(1)
+    assert names["loss"].item() == pytest.approx(net.loss((x, label)).item(), rel=1e-5)
+    sigma = names["sigma"][:, 0]
+    torch.testing.assert_close(names["D"], net.denoise(x, names["z"], sigma), rtol=1e-4, atol=1e-5)
+
+
 def test_the_readmes_commands_are_accepted():
     """Each is parsed as written; that they work end to end is what the tests above are about."""
     commands = re.findall(r"(?:python|4) train\.py (--model[^`&'\n]*)", (HERE / "README.md").read_text())

@@ -1,4 +1,4 @@
-"""Rows of README.md's studies, one command each, and probes of trained models.
+"""The rows of README.md's studies, one command each, and probes of trained models.
 
     python results/study.py                          # the names of all rows
     python results/study.py dit12_uniform_444        # train and score it: study/dit12_uniform_444.jsonl
@@ -10,6 +10,7 @@ A row's file holds what it rests on (command, commit, machine, versions, seed, d
 and the tables of `train.py --eval`."""
 import argparse
 import datetime
+import gc
 import json
 import math
 import os
@@ -286,7 +287,8 @@ def dit_curve(model, blocks, baseline, control, data):
 
 
 def without(blocks, b, steps):
-    """Levels of a sampler's grid that block b does not own: the chain jumps over its interval."""
+    """Levels of a sampler's grid that block b does not own: the chain jumps over its interval, or, without
+    block 0, begins below it."""
     return torch.stack([s for s in steps if blocks[0].noise.block_of(s).item() != b])
 
 
@@ -431,6 +433,7 @@ def rival(model, out, threads):
     parts = [f"block_{b}" for b in range(config.n_blocks)]
 
     def peak(part, pieces=1, checkpointed=False):
+        gc.collect()  # checkpointed layers refer to themselves
         net = train.build(module, config, part)
         if checkpointed:
             train.checkpoint_layers(net)
@@ -440,7 +443,8 @@ def rival(model, out, threads):
         mean = sum(train.storages([*net.parameters(), *net.buffers()]).values()) if training.ema else 0
         return measured["peak"] + mean
     block = max(peak(part) for part in parts)
-    peaks = {"end to end": peak("end_to_end"), "one block": block}
+    peaks = {"end to end": peak("end_to_end"), "one block": block,
+             "one block, checkpointed": max(peak(part, checkpointed=True) for part in parts)}
     pieces = 1
     while True:
         peaks[f"end to end, checkpointed, {pieces} pieces"] = least = peak("end_to_end", pieces, True)
@@ -476,12 +480,12 @@ def rival(model, out, threads):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("rows", nargs="*")
+    parser.add_argument("row", nargs="?", help="one, since variants change the modules; none: name them")
     parser.add_argument("--probe", choices=MODULES)
     parser.add_argument("--rival", choices=MODULES)
     parser.add_argument("--edges", choices=("vit", "gpt", "recurrent"))
     parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--score", action="store_true", help="score the rows again, without training them")
+    parser.add_argument("--score", action="store_true", help="score the row again, without training it")
     parser.add_argument("--out", default="out/study")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -493,10 +497,10 @@ if __name__ == "__main__":
         rival(own.rival, own.out, own.threads)
     elif own.edges:
         print(f"--edges {equal_information(own.edges, own.blocks)}")
-    elif not own.rows:
+    elif not own.row:
         for name, (model, flags, variant) in rows().items():
             print(f"{name}: --model {model} {' '.join(flags)}{f' ({variant})' if variant else ''}")
-    for name in own.rows:
-        if name not in rows():
-            sys.exit(f"error: no row {name!r}; python results/study.py names them all")
-        run_row(name, own.out, own.seed, own.threads, own.score)
+    elif own.row not in rows():
+        sys.exit(f"error: no row {own.row!r}; python results/study.py names them all")
+    else:
+        run_row(own.row, own.out, own.seed, own.threads, own.score)
