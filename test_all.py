@@ -2739,7 +2739,7 @@ def test_every_command_of_the_readme_works_as_written_and_so_does_its_sixth_mode
 def test_the_readmes_pictures_are_there_and_are_drawn_from_the_logs(tmp_path):
     named = re.findall(r"\]\((results/\S+\.png)\)", (HERE / "README.md").read_text())
     assert len(named) >= 8 and all((HERE / name).exists() for name in named)
-    pytest.importorskip("matplotlib", reason="pictures are drawn with matplotlib, which is not installed here")
+    pytest.importorskip("matplotlib", reason="matplotlib, which draws the pictures, is not installed here")
     shutil.copytree(HERE / "results", tmp_path / "results")
     shutil.copy(HERE / "diffusion_blocks.py", tmp_path)
     drawn = tmp_path / "results" / "images"

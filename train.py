@@ -155,8 +155,8 @@ def parse(argv):
     known, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     own = Path(__file__).parent / f"{known.model}.py"
     if known.model not in MODELS and not (known.model.isidentifier() and own.exists()):
-        raise UserError(f"no model {known.model!r}; choose one of {', '.join(MODELS)}, or name a file of your "
-                        f"own beside train.py, without its .py")
+        raise UserError(f"no model {known.model!r}; choose one of {', '.join(MODELS)}, or name a file of "
+                        f"your own beside train.py, without its .py")
     module = importlib.import_module(known.model)
     lacks = [name for name in CONTRACT if not hasattr(module, name)]
     if lacks:
