@@ -111,7 +111,7 @@ def about(command):
     def git(*what):
         return subprocess.run(["git", *what], cwd=HERE, capture_output=True, text=True).stdout.strip()
     return {"command": command, "commit": git("rev-parse", "--short", "HEAD"), "changed": bool(git(
-                "status", "--porcelain", "--untracked-files=no", "--", "*.py")),
+                "status", "--porcelain", "--untracked-files=no", "--", ":/*.py")),
             "date": datetime.date.today().isoformat(), "torch": str(torch.__version__),
             "python": platform.python_version(), "machine": machine(), "threads": torch.get_num_threads()}
 
