@@ -2611,7 +2611,7 @@ AR = dict(n_layer=12, n_blocks=4, n_embd=768, n_head=12, seq_len=256, batch_size
           warmup=2500, gamma=.1, tokenizer="gpt2")
 DIT = dict(n_blocks=3, patch_size=2, batch_size=512, epochs=100, label_drop=.1, guidance=2, gamma=.05,
            euler_steps=50, warmup=0, final_lr=1)
-PAPER = {  # method, section 3, typed here from the paper's table
+PAPER = {  # typed here from the paper's tables; recurrent's batch, rate and warm-up are our choice
     ("vit", "cifar100"): dict(n_layer=12, n_blocks=3, n_embd=128, n_head=4, patch_size=4, n_mlp=3072,
                               batch_size=128, epochs=500, lr=5e-4, final_lr=.1, warmup=10 * 391, gamma=.05,
                               dropout=.1, augment="crop,flip,rand", data="uoft-cs/cifar100"),
@@ -2626,7 +2626,7 @@ PAPER = {  # method, section 3, typed here from the paper's table
     ("gpt", "owt"): dict(AR, seq_len=1024, data="Skylion007/openwebtext"),
     ("recurrent", "lm1b"): dict(n_prelude=2, n_core=4, n_coda=2, n_embd=512, n_head=8, seq_len=256,
                                 mean_passes=32, n_passes=32, epochs=15, tokenizer="gpt2",
-                                data="dvruette/lm1b")}
+                                data="dvruette/lm1b", batch_size=256, lr=3e-4, warmup=2500)}
 
 
 class OneExample:
@@ -2653,6 +2653,10 @@ def test_a_preset_has_the_papers_settings_and_its_full_size_block_learns(model, 
                  n_channel=4 if "imagenet256" in name else 3, n_class=1000, data_std=.5)
     config = replace(config, **{k: v for k, v in facts.items() if hasattr(config, k)})
     module.check(config)
+    with torch.device("meta"):
+        deep, shallow = module.EndToEnd(config), module.control(config)
+    assert len(train.layers_of(deep)) == (8 if model == "recurrent" else config.n_layer)
+    assert len(train.layers_of(shallow)) == (8 if model == "recurrent" else config.n_layer // config.n_blocks)
     training.warmup = 0  # or the first steps would be too small to see
     train.choose_speed(training, torch.device("cpu"))
     learner = train.begin(module, config, "block_0", training, torch.device("cpu"))

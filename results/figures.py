@@ -93,12 +93,13 @@ def loss():
     curve(axes[0, 0], "vit", "vit.py, digits")
     curve(axes[0, 1], "dit", "dit.py, digits", ylim=(.2, 2))
     curve(axes[1, 0], "gpt", "gpt.py, bytes of Python sources")
-    curve(axes[1, 1], "recurrent", "recurrent.py, the same text", "end to end, 32 passes")
+    curve(axes[1, 1], "recurrent", "recurrent.py, the same text, about equal time", "end to end, 32 passes")
     curve(axes[2, 0], "mdm", "mdm.py, the same text")
     axes[2, 1].axis("off")
     axes[2, 1].text(0, .5, "\n".join([
         "Shaded: the interval of noise that a block owns.", "Thick: the block inside it, which is what the",
-        "assembled model uses; thin: the same block", "elsewhere, where it was never trained.", "",
+        "assembled model uses; thin: the same block", "elsewhere, where (but for a small overlap) it",
+        "was never trained. Seed 0.", "",
         "vit, gpt, recurrent: baseline and control see no", "noise, so theirs is one number. Grey: what the",
         "noisy target alone gives away (Bayes)."]), va="center", fontsize=10)
     save(figure, "loss")

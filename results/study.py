@@ -428,6 +428,7 @@ def rival(model, out, threads):
     loader = train.LOADERS[module.DATA]
     training = train.settle(loader.settings, preset, args)
     config, data = train.settle(module.Config, preset, args), loader.load(training, device)
+    train.choose_speed(training, device)
     for name, fact in data.facts.items():
         setattr(config, name, fact)
     parts = [f"block_{b}" for b in range(config.n_blocks)]
