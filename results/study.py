@@ -383,18 +383,19 @@ def mdm_steps(blocks, baseline, control, data, out):
     return tables
 
 
-def probe(model, out):
+def probe(model, out, seed):
+    """Write the loss by noise level, and for seed 0 what samples and accuracies depend on."""
     torch.manual_seed(0)
     nets = load(model, out)
     curve = {"vit": vit_curve, "dit": dit_curve, "mdm": mdm_curve}.get(model, text_curve)(model, *nets)
     noise = nets[0][0].noise
-    report = about(f"python results/study.py --probe {model} --out {out}")
+    report = about(f"python results/study.py --probe {model} --seed {seed} --out {out}")
     report["intervals"] = [noise.interval(b) for b in range(noise.n_blocks)]
     report["curve"] = curve
-    write(HERE / "probe" / f"{model}.json", json.dumps(report, indent=1))
-    if f"{model}_steps" in globals():  # of recurrent --eval has them
-        report["steps"] = globals()[f"{model}_steps"](*nets, out)
-        write(HERE / "probe" / f"{model}.json", json.dumps(report, indent=1))
+    if seed == 0 and model != "recurrent":  # of which --eval has them
+        report["steps"] = {"vit": vit_steps, "dit": dit_steps, "gpt": gpt_steps, "mdm": mdm_steps}[model](
+            *nets, out)
+    write(HERE / "probe" / f"{model}{f'_seed{seed}' if seed else ''}.json", json.dumps(report, indent=1))
 
 
 def equal_information(model, n_blocks):
@@ -488,12 +489,12 @@ if __name__ == "__main__":
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("--score", action="store_true", help="score the row again, without training it")
     parser.add_argument("--out", default="out/study")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of a row; of a probe, what out was trained with")
     parser.add_argument("--threads", type=int, default=1)
     own = parser.parse_args()
     torch.set_num_threads(own.threads)
     if own.probe:
-        probe(own.probe, own.out)
+        probe(own.probe, own.out, own.seed)
     elif own.rival:
         rival(own.rival, own.out, own.threads)
     elif own.edges:

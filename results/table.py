@@ -373,15 +373,17 @@ def left_out_tables():
             rows.append([name, of_dit, f"{row['from z = 0, %']:.1f}"])
     found = {"left out": markdown(["left out", "dit: Fréchet distance", "gpt: next byte right, %"], rows)}
     for model, level in (("mdm", "t"), ("dit", "sigma"), ("gpt", "sigma")):
-        curve, intervals = probe(model)["curve"], probe(model)["intervals"]
+        paths = sorted((HERE / "probe").glob(f"{model}*.json"))  # one for each seed
+        curves, intervals = [json.loads(p.read_text())["curve"] for p in paths], probe(model)["intervals"]
 
         def over(losses, lo, hi):
-            return f"{statistics.mean(v for s, v in zip(curve['level'], losses) if lo < s <= hi):.3f}"
-        nets = {f"block {b}": losses for b, losses in enumerate(curve["blocks"])}
+            levels = curves[0]["level"]
+            return spread([statistics.mean(v for s, v in zip(levels, one) if lo < s <= hi) for one in losses])
+        nets = {f"block {b}": [c["blocks"][b] for c in curves] for b in range(len(intervals))}
         if model != "gpt":  # whose baseline and control see no noise
-            nets |= {"baseline": curve["baseline"], "control": curve["control"]}
+            nets |= {name: [c[name] for c in curves] for name in ("baseline", "control")}
         found[f"exchanged {model}"] = markdown(
-            [f"{model}, {curve['unit']}", *(f"{level} {lo:.3g} to {hi:.3g}" for lo, hi in intervals)],
+            [f"{model}, {curves[0]['unit']}", *(f"{level} {lo:.3g} to {hi:.3g}" for lo, hi in intervals)],
             [[name, *(over(losses, lo, hi) for lo, hi in intervals)] for name, losses in nets.items()])
     return found
 
