@@ -58,6 +58,8 @@ def rows():
         row(f"vit12_b{n}", "vit", f"--n-layer 12 --n-blocks {n} --steps 1500")
     for gamma in ("0.1", "0.2"):  # 0 is dit12_probability_444, 0.05 dit12_b3
         row(f"dit12_gamma_{gamma}", "dit", f"--n-layer 12 --gamma {gamma} --steps 1000")
+    # mdm's control, B = 1 of two layers, with MD4's other schedule, which trains more on many masks
+    row("mdm_cosine", "mdm", "--n-layer 2 --n-blocks 1 --schedule cosine")
     short = "--steps 400"  # gpt: half of the default's updates, 4 blocks of 2 layers
     row("gpt_short", "gpt", short)
     for gamma in ("0", "0.05", "0.2"):

@@ -380,11 +380,17 @@ def left_out_tables():
             levels = curves[0]["level"]
             return spread([statistics.mean(v for s, v in zip(levels, one) if lo < s <= hi) for one in losses])
         nets = {f"block {b}": [c["blocks"][b] for c in curves] for b in range(len(intervals))}
+        owners = [next((b for b, (lo, _) in enumerate(intervals) if s > lo), len(intervals) - 1)
+                  for s in curves[0]["level"]]
+        nets["each on its own"] = [[c["blocks"][b][i] for i, b in enumerate(owners)] for c in curves]
         if model != "gpt":  # whose baseline and control see no noise
             nets |= {name: [c[name] for c in curves] for name in ("baseline", "control")}
+        columns = {f"{level} {lo:.3g} to {hi:.3g}": (lo, hi) for lo, hi in intervals}
+        if model == "mdm":  # the weight 1 / t is the inverse of the share that is masked
+            columns["0 to 1: the bound, bits per byte"] = 0, 1
         found[f"exchanged {model}"] = markdown(
-            [f"{model}, {curves[0]['unit']}", *(f"{level} {lo:.3g} to {hi:.3g}" for lo, hi in intervals)],
-            [[name, *(over(losses, lo, hi) for lo, hi in intervals)] for name, losses in nets.items()])
+            [f"{model}, {curves[0]['unit']}", *columns],
+            [[name, *(over(losses, lo, hi) for lo, hi in columns.values())] for name, losses in nets.items()])
     return found
 
 
