@@ -59,6 +59,7 @@ def rows():
     for gamma in ("0.1", "0.2"):  # 0 is dit12_probability_444, 0.05 dit12_b3
         row(f"dit12_gamma_{gamma}", "dit", f"--n-layer 12 --gamma {gamma} --steps 1000")
     # mdm's control, B = 1 of two layers, with MD4's other schedule, which trains more on many masks
+    row("mdm_middle", "mdm", "--n-layer 18 --n-blocks 3", "middle")  # six layers, on a third of t alone
     row("mdm_cosine", "mdm", "--n-layer 2 --n-blocks 1 --schedule cosine")
     short = "--steps 400"  # gpt: half of the default's updates, 4 blocks of 2 layers
     row("gpt_short", "gpt", short)
@@ -108,6 +109,17 @@ def learned_table(out):
     gpt.Block = Block
 
 
+def middle(out):
+    """The middle block alone, scored for all shares of masks as a probe does."""
+    net, state = train.finished(mdm, "mdm", "block_1", out)
+    settings = train.settle(train.TextTraining, state["training"])
+    data = train.load_fitting(mdm, state["config"], settings, torch.device("cpu"))
+    torch.manual_seed(0)
+    times, found = masked_bits({"net": net}, data)
+    return {"tables": {"bits per masked byte": {f"t {t:.3g}": v for t, v in zip(times, found["net"])}},
+            **{k: state[k] for k in ("config", "training", "data")}}
+
+
 def about(command):
     """What a measurement rests on."""
     def git(*what):
@@ -130,29 +142,31 @@ def machine():
 def run_row(name, out, seed, threads, score_only):
     """Train a row's blocks and score them; or score again what lies in out, and keep the logs of training."""
     model, flags, variant = rows()[name]
-    out = Path(out) / name
-    if variant:
-        globals()[variant](out)
+    out, part = Path(out) / name, "1" if variant == "middle" else "all"
     common = ["--model", model, *flags, "--seed", str(seed), "--threads", str(threads), "--out", str(out)]
-    if model == "dit":  # the judge: our vit.py
-        if not (out / "vit" / "end_to_end.pt").exists():
-            train.run(["--model", "vit", "--end-to-end", *common[-6:]])
     path = HERE / "study" / f"{name}{f'_seed{seed}' if seed else ''}.jsonl"
+    if variant in ("batch_mean", "learned_table"):
+        globals()[variant](out)
+    if model == "dit" and not (out / "vit" / "end_to_end.pt").exists():  # the judge: our vit.py
+        train.run(["--model", "vit", "--end-to-end", *common[-6:]])
+    if not score_only:
+        train.run([*common, "--block", part, "--log-every", "200"])
+    if variant == "middle":
+        report = middle(out)
+    else:
+        train.run(["--model", model, "--eval", *common[-4:]])
+        report = json.loads((out / model / "eval.json").read_text())
+    if model == "dit":
+        report["tables"]["denoising loss over all levels"] = over_all_levels(out)
     if score_only:
         lines = [json.loads(line) for line in path.read_text().splitlines()][:-1]
     else:
-        train.run([*common, "--block", "all", "--log-every", "200"])
-    train.run(["--model", model, "--eval", *common[-4:]])
-    report = json.loads((out / model / "eval.json").read_text())
-    if not score_only:
+        command = f"python train.py --model {model} --block {part} {' '.join(flags)}"
         lines = [about(f"python results/study.py {name} --seed {seed}")
-                 | {"train": f"python train.py --model {model} --block all {' '.join(flags)}",
-                    "variant": variant, "seed": seed,
-                    **{k: report[k] for k in ("config", "training", "data", "updates", "sampling")}}]
+                 | {"train": command, "variant": variant, "seed": seed}
+                 | {k: v for k, v in report.items() if k in ("config", "training", "data", "sampling")}]
         for log in sorted((out / model).glob("block_*.jsonl")):
             lines += [{"part": log.stem} | json.loads(line) for line in log.read_text().splitlines()]
-    if model == "dit":
-        report["tables"]["denoising loss over all levels"] = over_all_levels(out)
     lines.append({"scored": about(f"python results/study.py {name} --score --seed {seed}"),
                   "tables": report["tables"]})
     write(path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -228,22 +242,26 @@ def text_curve(model, blocks, baseline, control, data, n_windows=64):
 
 
 @torch.no_grad()
-def mdm_curve(model, blocks, baseline, control, data, n_windows=256):
-    """Bits per masked byte at each t."""
-    config = blocks[0].config
+def masked_bits(nets, data, n_windows=256):
+    """Times t, and {name: bits per masked byte at each} of {name: net}."""
+    config, noise = (net := next(iter(nets.values()))).config, net.noise
     windows = [w[:, :-1] for w in data.held_out(n_windows, config).split(64)]
-    times = [(i + 0.5) / 24 for i in range(24)]
-    nets = {"baseline": baseline, "control": control, **dict(enumerate(blocks))}
-    found = {name: [] for name in nets}
+    times, found = [(i + 0.5) / 24 for i in range(24)], {name: [] for name in nets}
     for t in times:
         nats, masks, level = {name: 0.0 for name in nets}, 0, torch.full((64,), t)
         for y in windows:
-            z = blocks[0].noise.corrupt(y, level[:len(y)])
+            z = noise.corrupt(y, level[:len(y)])
             masks += (z == config.vocab_size).sum().item()
             for name, net in nets.items():
                 nats[name] += net.masked_nats(z, level[:len(y)], y).sum().item()
         for name in nets:
             found[name].append(nats[name] / masks / math.log(2))
+    return times, found
+
+
+def mdm_curve(model, blocks, baseline, control, data):
+    """Bits per masked byte at each t."""
+    times, found = masked_bits({**dict(enumerate(blocks)), "baseline": baseline, "control": control}, data)
     return {"level": times, "unit": "bits per masked byte", "blocks": [found[b] for b in range(len(blocks))],
             "baseline": found["baseline"], "control": found["control"]}
 
