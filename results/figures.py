@@ -196,17 +196,19 @@ def memory():
 
 def blocks():
     """Quality over the number of blocks, 12 layers, equal updates."""
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.2))
-    for axis, (model, unit) in zip(axes, {
-            "dit": "denoising loss", "mdm": "bits per byte (bound)", "gpt": "bits per byte (bound)",
-            "vit": "bits per label (bound)"}.items()):
-        n = [n for n in (1, 2, 3, 4, 6) if (HERE / f"study/{model}12_b{n}.jsonl").exists()]
+    units = {"dit": "denoising loss", "mdm": "bits per byte (bound)", "gpt": "bits per byte (bound)",
+             "vit": "bits per label (bound)"}
+    runs = {model: [n for n in (1, 2, 3, 4, 6) if (HERE / f"study/{model}12_b{n}.jsonl").exists()]
+            for model in units}
+    runs = {model: n for model, n in runs.items() if n}  # a model that was not run has no panel
+    figure, axes = plt.subplots(1, len(runs), figsize=(3.2 * len(runs), 3.2))
+    for axis, (model, n) in zip(axes, runs.items()):
         y = [score(f"{model}12_b{k}", {"dit": "loss"}.get(model, model)) for k in n]
         axis.plot(n, y, color=BLOCKS[0], marker="o")
         for k, v in zip(n, y):
             axis.annotate(f"{v:.3f}", (k, v), textcoords="offset points", xytext=(0, 6), ha="center",
                           fontsize=8)
-        axis.set(title=f"{model}.py", xlabel="blocks B, of 12 / B layers each", ylabel=unit)
+        axis.set(title=f"{model}.py", xlabel="blocks B, of 12 / B layers each", ylabel=units[model])
         axis.set_xticks((1, 2, 3, 4, 6))
         axis.margins(y=.25)
     save(figure, "blocks")

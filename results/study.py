@@ -61,6 +61,7 @@ def rows():
     # mdm's control, B = 1 of two layers, with MD4's other schedule, which trains more on many masks
     row("mdm_middle", "mdm", "--n-layer 18 --n-blocks 3", "middle")  # six layers, on a third of t alone
     row("mdm_cosine", "mdm", "--n-layer 2 --n-blocks 1 --schedule cosine")
+    row("recurrent_two", "recurrent", "--streams two")
     short = "--steps 400"  # gpt: half of the default's updates, 4 blocks of 2 layers
     row("gpt_short", "gpt", short)
     for gamma in ("0", "0.05", "0.2"):
@@ -145,6 +146,7 @@ def run_row(name, out, seed, threads, score_only):
     out, part = Path(out) / name, "1" if variant == "middle" else "all"
     common = ["--model", model, *flags, "--seed", str(seed), "--threads", str(threads), "--out", str(out)]
     path = HERE / "study" / f"{name}{f'_seed{seed}' if seed else ''}.jsonl"
+    began = about(f"python results/study.py {name} --seed {seed}")
     if variant in ("batch_mean", "learned_table"):
         globals()[variant](out)
     if model == "dit" and not (out / "vit" / "end_to_end.pt").exists():  # the judge: our vit.py
@@ -162,9 +164,8 @@ def run_row(name, out, seed, threads, score_only):
         lines = [json.loads(line) for line in path.read_text().splitlines()][:-1]
     else:
         command = f"python train.py --model {model} --block {part} {' '.join(flags)}"
-        lines = [about(f"python results/study.py {name} --seed {seed}")
-                 | {"train": command, "variant": variant, "seed": seed}
-                 | {k: v for k, v in report.items() if k in ("config", "training", "data", "sampling")}]
+        lines = [began | {"train": command, "variant": variant, "seed": seed}
+                 | {k: report[k] for k in ("config", "training", "data")}]
         for log in sorted((out / model).glob("block_*.jsonl")):
             lines += [{"part": log.stem} | json.loads(line) for line in log.read_text().splitlines()]
     lines.append({"scored": about(f"python results/study.py {name} --score --seed {seed}"),

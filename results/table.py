@@ -64,12 +64,16 @@ SCORES = {"loss": ("denoising loss over all levels", "mean", "blocks"),
           "right": ("held-out images", "blocks from z = 0", "accuracy, %")}
 
 
+def last_line(name):
+    """The tables of a row of results/study.py."""
+    return json.loads((HERE / "study" / f"{name}.jsonl").read_text().splitlines()[-1])["tables"]
+
+
 def score(name, what):
     """A figure of a row of results/study.py, or None where it was not run."""
-    path = HERE / "study" / f"{name}.jsonl"
-    if not path.exists():
+    if not (HERE / "study" / f"{name}.jsonl").exists():
         return None
-    found = json.loads(path.read_text().splitlines()[-1])["tables"]
+    found = last_line(name)
     for key in SCORES[what]:
         found = found[key]
     return found
@@ -366,12 +370,12 @@ def step_tables():
 def left_out_tables():
     """The chain without a block's levels; each block on each interval."""
     dit, gpt = (probe(model)["steps"]["left out"] for model in ("dit", "gpt"))
-    rows = [["none", f"{dit['none']['Frechet distance']:.3f}", f"{gpt['none']['from z = 0, %']:.1f}"]]
-    for name, row in gpt.items():
-        if name != "none":
-            of_dit = f"{dit[name]['Frechet distance']:.3f}" if name in dit else ""
-            rows.append([name, of_dit, f"{row['from z = 0, %']:.1f}"])
-    found = {"left out": markdown(["left out", "dit: Fréchet distance", "gpt: next byte right, %"], rows)}
+    rows = []
+    for name in sorted(gpt, reverse=True):  # "none" first
+        of_dit = f"{dit[name]['Frechet distance']:.3f}" if name in dit else ""
+        rows.append([name, of_dit, *(f"{gpt[name][how]:.1f}" for how in ("from z = 0, %", "from noise, %"))])
+    found = {"left out": markdown(["left out", "dit: Fréchet distance", "gpt: next byte right from z = 0, %",
+                                   "from noise, %"], rows[:1] + rows[:0:-1])}
     for model, level in (("mdm", "t"), ("dit", "sigma"), ("gpt", "sigma")):
         paths = sorted((HERE / "probe").glob(f"{model}*.json"))  # one for each seed
         curves, intervals = [json.loads(p.read_text())["curve"] for p in paths], probe(model)["intervals"]
@@ -391,6 +395,10 @@ def left_out_tables():
         found[f"exchanged {model}"] = markdown(
             [f"{model}, {curves[0]['unit']}", *columns],
             [[name, *(over(losses, lo, hi) for lo, hi in columns.values())] for name, losses in nets.items()])
+        if model == "mdm" and (HERE / "study" / "mdm_middle.jsonl").exists():
+            bits = list(last_line("mdm_middle")["bits per masked byte"].values())
+            found["exchanged mdm"] += "\n| six layers, on the middle third alone (seed 0) | {} |".format(
+                " | ".join(over([bits], lo, hi) for lo, hi in columns.values()))
     return found
 
 
@@ -426,7 +434,7 @@ def hours_table():
     found, rows = json.loads((HERE / "hours.json").read_text())["rows"], []
     parts = "end to end", "control", "blocks"
     for name, row in found.items():
-        hours = [f"{row[part]['hours']:.2g}" for part in parts]
+        hours = [f"{h:.0f}" if h >= 10 else f"{h:.2g}" for h in (row[part]["hours"] for part in parts)]
         if name == "vit --preset cifar100":  # the paper's seconds an update, end to end and of three blocks
             n = row["updates"]
             hours = [f"{s * n / 3600:.2f} (the paper's step time)" for s in (.0507, .0181, .0543)]
