@@ -196,8 +196,7 @@ def memory():
 
 def blocks():
     """Quality over the number of blocks, 12 layers, equal updates."""
-    units = {"dit": "denoising loss", "mdm": "bits per byte (bound)", "gpt": "bits per byte (bound)",
-             "vit": "bits per label (bound)"}
+    units = {"dit": "denoising loss", "mdm": "bits per byte (bound)", "vit": "bits per label (bound)"}
     runs = {model: [n for n in (1, 2, 3, 4, 6) if (HERE / f"study/{model}12_b{n}.jsonl").exists()]
             for model in units}
     runs = {model: n for model, n in runs.items() if n}  # a model that was not run has no panel

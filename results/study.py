@@ -54,7 +54,6 @@ def rows():
     for n in (1, 2, 3, 4, 6):
         row(f"dit12_b{n}", "dit", f"--n-layer 12 --n-blocks {n} --steps 1000")
         row(f"mdm12_b{n}", "mdm", f"--n-layer 12 --n-blocks {n} --seq-len 128 --steps 500")
-        row(f"gpt12_b{n}", "gpt", f"--n-layer 12 --n-blocks {n} --seq-len 128 --batch-size 16 --steps 400")
         row(f"vit12_b{n}", "vit", f"--n-layer 12 --n-blocks {n} --steps 1500")
     for gamma in ("0.1", "0.2"):  # 0 is dit12_probability_444, 0.05 dit12_b3
         row(f"dit12_gamma_{gamma}", "dit", f"--n-layer 12 --gamma {gamma} --steps 1000")
@@ -69,12 +68,9 @@ def rows():
     row("gpt_uniform", "gpt", f"{short} --edges uniform")
     row("gpt_range", "gpt", f"{short} --sigma-min 0.15 --sigma-max 20 --p-mean -0.3 --p-std 0.8")
     row("gpt_edm_readout", "gpt", f"{short} --readout edm")
-    row("gpt_edm_readout_weighted", "gpt", f"{short} --readout edm --weighting edm")
     row("gpt_weighted", "gpt", f"{short} --weighting edm")
     row("gpt_batch_mean", "gpt", f"{short} --weighting edm", "batch_mean")
     row("gpt_learned_table", "gpt", short, "learned_table")
-    for split in ("3311", "1133", "1331"):
-        row(f"gpt_split_{split}", "gpt", f"{short} --layer-split {','.join(split)}")
     if (HERE / "probe" / "gpt.json").exists():
         row("gpt_equal_information", "gpt", f"{short} --edges {equal_information('gpt', 4)}")
     return found

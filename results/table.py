@@ -312,7 +312,7 @@ def study_tables():
     n = 1, 2, 3, 4, 6
     sweep = [[what, *cells([f"{model}12_b{k}" for k in n], key, digits)] for what, model, key, digits in (
         ("dit, denoising loss", "dit", "loss", 4), ("dit, Fréchet distance", "dit", "distance", 3),
-        ("mdm, bits per byte", "mdm", "mdm", 3), ("gpt, bits per byte (bound)", "gpt", "gpt", 3),
+        ("mdm, bits per byte", "mdm", "mdm", 3),
         ("vit, accuracy, %", "vit", "right", 1), ("vit, bits per label (bound)", "vit", "vit", 3))]
     sweep += [["paper: CIFAR-10 test FID (gamma 0)", "39.83", "35.47", "38.03", "45.43", "53.32"],
               ["paper: ImageNet test FID", "12.09", "9.90", "11.11", "11.90", "14.43"],
@@ -330,10 +330,7 @@ def study_tables():
         "weight: EDM's, per sample": "gpt_weighted",
         "weight: the released code's batch mean": "gpt_batch_mean",
         "readout: EDM's": "gpt_edm_readout",
-        "readout and weight: EDM's": "gpt_edm_readout_weighted",
-        "table: trained by block 0, then frozen": "gpt_learned_table",
-        "layers 1,3,3,1": "gpt_split_1331", "layers 3,3,1,1": "gpt_split_3311",
-        "layers 1,1,3,3": "gpt_split_1133"}
+        "table: trained by block 0, then frozen": "gpt_learned_table"}
     chosen = [[what, *cells([name], "gpt"), *cells([name], "at_max"), *cells([name], "next", 1),
                *cells([name], "drawn", 1)] for what, name in choices.items()]
     return {
