@@ -2,6 +2,7 @@
 import ast
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -2640,7 +2642,7 @@ class OneExample:
 
 
 @pytest.mark.parametrize("model, name", PAPER)
-def test_a_preset_has_the_papers_settings_and_its_full_size_block_learns(model, name):
+def test_a_preset_has_the_papers_settings_and_its_full_size_block_takes_updates(model, name):
     module = sys.modules[model]
     assert [n for n in module.PRESETS if n != "default"] == [n for m, n in PAPER if m == model]
     preset = module.PRESETS[name]
@@ -2657,13 +2659,13 @@ def test_a_preset_has_the_papers_settings_and_its_full_size_block_learns(model, 
         deep, shallow = module.EndToEnd(config), module.control(config)
     assert len(train.layers_of(deep)) == (8 if model == "recurrent" else config.n_layer)
     assert len(train.layers_of(shallow)) == (8 if model == "recurrent" else config.n_layer // config.n_blocks)
-    training.warmup = 0  # or the first steps would be too small to see
+    training.warmup, training.weight_decay = 0, 0.0  # or steps were too small, or not the gradient's
     train.choose_speed(training, torch.device("cpu"))
     learner = train.begin(module, config, "block_0", training, torch.device("cpu"))
-    before = {k: v.clone() for k, v in learner.net.state_dict().items()}
+    before = [p.double().sum().item() for p in learner.net.parameters()]
     for step in range(2):
         assert train.update(learner, OneExample(), config, training, step, 2, torch.device("cpu")).isfinite()
-    assert any(not torch.equal(v, before[k]) for k, v in learner.net.state_dict().items())
+    assert before != [p.double().sum().item() for p in learner.net.parameters()]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -2685,8 +2687,6 @@ def test_the_readme_counts_the_lines_of_every_file():
 # the README's commands run on a copy in which default runs and measurements are short: (file, what, by what)
 CUTS = [(f"{model}.py", r'("default": dict\(steps)=\d+', r"\1=2") for model in train.MODELS] + [
     ("gpt.py", "n_windows=256", "n_windows=2"), ("gpt.py", "n=64, length=128", "n=2, length=2"),
-    ("recurrent.py", "n_windows=256", "n_windows=2"), ("recurrent.py", "n=32, length=64", "n=2, length=2"),
-    ("mdm.py", r"held_out\(10 \*\* 9,", "held_out(2,"), ("dit.py", "n_eval: int = 2000", "n_eval: int = 20"),
     ("train.py", "const=30", "const=2"), ("results/study.py", "n_windows=64", "n_windows=2"),
     ("results/study.py", r"held_out\(64, config\)(.split|\[)", r"held_out(2, config)\1"),
     ("results/study.py", ", 128, euler_steps", ", 2, euler_steps"),
@@ -2710,7 +2710,7 @@ def readme_commands():
 def test_every_command_of_the_readme_works_as_written_and_so_does_its_sixth_model(tmp_path):
     repo, stubs = tmp_path / "repo", tmp_path / "stubs"
     shutil.copytree(HERE, repo, ignore=lambda folder, names: {
-        n for n in names if n in (".git", "out", "__pycache__", ".pytest_cache") or
+        n for n in names if n in (".git", ".venv", "env", "out", "__pycache__", ".pytest_cache") or
         Path(folder).name == "data" and not n.startswith("digits")})
     for file, what, by in CUTS:
         text, n = re.subn(what, by, (repo / file).read_text())
@@ -2723,14 +2723,17 @@ def test_every_command_of_the_readme_works_as_written_and_so_does_its_sixth_mode
     for name, script in (("pip", "#!/bin/sh\n"), ("pytest", "#!/bin/sh\n"), ("sbatch", SBATCH)):
         (stubs / name).write_text(script)  # the first two are run by .ci/run
         (stubs / name).chmod(0o755)
-    path = f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PATH": path}
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    env = {"PATH": f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}", "PET_MASTER_PORT": port,
+           "CUDA_VISIBLE_DEVICES": "", **{k: v for k, v in os.environ.items() if k in ("HOME", "TMPDIR")}}
 
     def run(line):
         done = subprocess.run(["bash", "-c", line], cwd=repo, env=env, capture_output=True, text=True)
         said = done.stdout + done.stderr
         assert done.returncode == 0 and "Traceback" not in said and "error:" not in said, f"{line}\n{said}"
-    for model in train.MODELS[:1] + train.MODELS[2:]:  # what is sampled must have been trained
+    for model in ("dit", "mdm"):  # what is sampled must have been trained
         run(f"python train.py --model {model} --block all")
     commands = readme_commands()
     assert len(commands) >= 25
@@ -2740,17 +2743,25 @@ def test_every_command_of_the_readme_works_as_written_and_so_does_its_sixth_mode
     assert len(rows) == 3 and min(row["accuracy, %"] for row in rows.values()) > 95
 
 
-def test_the_readmes_pictures_are_there_and_are_drawn_from_the_logs(tmp_path):
-    named = re.findall(r"\]\((results/\S+\.png)\)", (HERE / "README.md").read_text())
+def test_the_readmes_pictures_are_there_and_were_drawn_from_these_logs(monkeypatch):
+    text = (HERE / "README.md").read_text()
+    named = re.findall(r"\]\((results/\S+\.png)\)", text)
     assert len(named) >= 8 and all((HERE / name).exists() for name in named)
+    assert not re.search(r"@[A-Z]+@", text + (HERE / "results" / "README.md").read_text())  # yet to be filled
+    monkeypatch.syspath_prepend(HERE / "results")
+    drawn_from = (HERE / "results" / "images" / "drawn_from").read_text().strip()
+    assert importlib.import_module("table").fingerprint() == drawn_from, "python results/figures.py"
+
+
+def test_the_pictures_are_what_the_logs_say(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib, which draws the pictures, is not installed here")
     shutil.copytree(HERE / "results", tmp_path / "results")
     shutil.copy(HERE / "diffusion_blocks.py", tmp_path)
     drawn = tmp_path / "results" / "images"
     shutil.rmtree(drawn)
     subprocess.run([sys.executable, tmp_path / "results" / "figures.py"], check=True)
+    assert len(list(drawn.glob("*.png"))) == 7
     for path in drawn.glob("*.png"):
-        assert path.name in " ".join(named), f"{path.name} is not in the README"
         with Image.open(path) as new, Image.open(HERE / "results" / "images" / path.name) as old:
             assert new.size == old.size
             difference = np.abs(np.asarray(new.convert("L"), float) - np.asarray(old.convert("L"), float))
@@ -2772,12 +2783,3 @@ def test_the_readmes_five_lines_are_the_loss_that_is_trained():
     assert names["loss"].item() == pytest.approx(net.loss((x, label)).item(), rel=1e-5)
     sigma = names["sigma"][:, 0]
     torch.testing.assert_close(names["D"], net.denoise(x, names["z"], sigma), rtol=1e-4, atol=1e-5)
-
-
-def test_the_readmes_commands_are_accepted():
-    """Each is parsed as written; that they work end to end is what the tests above are about."""
-    commands = re.findall(r"(?:python|4) train\.py (--model[^`&'\n]*)", (HERE / "README.md").read_text())
-    assert len(commands) >= 13
-    for command in commands:
-        if "--help" not in command:  # which prints and ends; another test reads it
-            train.parse(shlex.split(command, comments=True))

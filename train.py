@@ -157,7 +157,10 @@ def parse(argv):
     if known.model not in MODELS and not (known.model.isidentifier() and own.exists()):
         raise UserError(f"no model {known.model!r}; choose one of {', '.join(MODELS)}, or name a file of "
                         f"your own beside train.py, without its .py")
-    module = importlib.import_module(known.model)
+    try:
+        module = importlib.import_module(known.model)
+    except ImportError as e:
+        raise UserError(f"{own.name} cannot be imported: {e}") from None
     lacks = [name for name in CONTRACT if not hasattr(module, name)]
     if lacks:
         raise UserError(f"{own.name} is not a model file: it lacks {', '.join(lacks)}")

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 sys.path.insert(0, str(HERE))
 from diffusion_blocks import LogNormal
-from table import Runs, score
+from table import Runs, fingerprint, score
 
 BLOCKS = ["#1b4b8a", "#d9822b", "#3f9e6b", "#8a3f7d", "#7a6a2f", "#2fa0a8"]
 BASELINE, CONTROL, ALONE = "#222222", "#777777", "#b0b0b0"
@@ -199,9 +199,9 @@ def blocks():
     units = {"dit": "denoising loss", "mdm": "bits per byte (bound)", "vit": "bits per label (bound)"}
     runs = {model: [n for n in (1, 2, 3, 4, 6) if (HERE / f"study/{model}12_b{n}.jsonl").exists()]
             for model in units}
-    runs = {model: n for model, n in runs.items() if n}  # a model that was not run has no panel
-    figure, axes = plt.subplots(1, len(runs), figsize=(3.2 * len(runs), 3.2))
-    for axis, (model, n) in zip(axes, runs.items()):
+    runs = {model: n for model, n in runs.items() if len(n) > 1}  # a model that was not run has no panel
+    figure, axes = plt.subplots(1, len(runs), figsize=(3.2 * len(runs), 3.2), squeeze=False)
+    for axis, (model, n) in zip(axes[0], runs.items()):
         y = [score(f"{model}12_b{k}", {"dit": "loss"}.get(model, model)) for k in n]
         axis.plot(n, y, color=BLOCKS[0], marker="o")
         for k, v in zip(n, y):
@@ -229,3 +229,5 @@ if __name__ == "__main__":
         if len(sys.argv) < 2 or draw.__name__ in sys.argv[1:]:
             draw()
             print(f"drew {draw.__name__}")
+    if len(sys.argv) < 2:
+        (HERE / "images" / "drawn_from").write_text(fingerprint() + "\n")

@@ -4,6 +4,7 @@
 
 What stands between marks there comes from results/MODEL/seed*/eval.json (`train.py --eval`), results/study,
 probe and rival (`results/study.py`), memory, bench (`train.py --memory`, `--bench`) and hours.json."""
+import hashlib
 import json
 import re
 import statistics
@@ -379,7 +380,8 @@ def left_out_tables():
 
         def over(losses, lo, hi):
             levels = curves[0]["level"]
-            return spread([statistics.mean(v for s, v in zip(levels, one) if lo < s <= hi) for one in losses])
+            return spread([statistics.mean(v for s, v in zip(levels, one)
+                                           if lo < s <= hi or s == lo == levels[0]) for one in losses])
         nets = {f"block {b}": [c["blocks"][b] for c in curves] for b in range(len(intervals))}
         owners = [next((b for b, (lo, _) in enumerate(intervals) if s > lo), len(intervals) - 1)
                   for s in curves[0]["level"]]
@@ -440,6 +442,14 @@ def hours_table():
                      *(f"{row[part]['TFLOP an update']:.3g}" for part in ("end to end", "blocks")), *hours])
     return {"hours": markdown(["preset", "updates of a part", "TFLOP an update, end to end", "all blocks",
                                "hours, end to end", "control", "all blocks"], rows)}
+
+
+def fingerprint():
+    """Of all logs that pictures are drawn from: in images/drawn_from after `python results/figures.py`."""
+    digest = hashlib.sha256((HERE / "figures.py").read_bytes())
+    for path in sorted(p for p in HERE.rglob("*") if p.suffix in (".json", ".jsonl")):
+        digest.update(path.relative_to(HERE).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def filled(texts):
