@@ -57,8 +57,8 @@ def rows():
         row(f"vit12_b{n}", "vit", f"--n-layer 12 --n-blocks {n} --steps 1500")
     for gamma in ("0.1", "0.2"):  # 0 is dit12_probability_444, 0.05 dit12_b3
         row(f"dit12_gamma_{gamma}", "dit", f"--n-layer 12 --gamma {gamma} --steps 1000")
-    # mdm's control, B = 1 of two layers, with MD4's other schedule, which trains more on many masks
     row("mdm_middle", "mdm", "--n-layer 18 --n-blocks 3", "middle")  # six layers, on a third of t alone
+    # mdm's control, B = 1 of two layers, with MD4's other schedule, which trains more on many masks
     row("mdm_cosine", "mdm", "--n-layer 2 --n-blocks 1 --schedule cosine")
     row("recurrent_two", "recurrent", "--streams two")
     short = "--steps 400"  # gpt: half of the default's updates, 4 blocks of 2 layers
@@ -202,14 +202,20 @@ def load(model, out):
     return blocks, *others, data
 
 
+def grid_of(noise):
+    """(41,) float64: levels at equal steps of ln sigma, both ends exact."""
+    sigmas = torch.logspace(math.log10(noise.sigma_min), math.log10(noise.sigma_max), 41).double()
+    sigmas[0], sigmas[-1] = noise.sigma_min, noise.sigma_max
+    return sigmas
+
+
 @torch.no_grad()
 def text_curve(model, blocks, baseline, control, data, n_windows=64):
     """Bits per byte at each level: of every block, of baseline and control (which see no noise), from z
     alone."""
     config, noise, table = blocks[0].config, blocks[0].noise, blocks[0].table
     windows, scale = data.held_out(n_windows, config).split(16), 0.0
-    sigmas = torch.logspace(math.log10(noise.sigma_min), math.log10(noise.sigma_max), 41).double()
-    sigmas[0], sigmas[-1] = noise.sigma_min, noise.sigma_max
+    sigmas = grid_of(noise)
     found = {"blocks": [[0.0] * len(sigmas) for _ in blocks], "z alone": [0.0] * len(sigmas),
              "baseline": 0.0, "control": 0.0}
     prior = data.unigram()
@@ -268,8 +274,7 @@ def vit_curve(model, blocks, baseline, control, data, repeat=4):
     """Bits per label at each level, the mean over a few draws of noise."""
     noise, table = blocks[0].noise, blocks[0].table
     x, label = data.held_out(0, blocks[0].config)
-    sigmas = torch.logspace(math.log10(noise.sigma_min), math.log10(noise.sigma_max), 41).double()
-    sigmas[0], sigmas[-1] = noise.sigma_min, noise.sigma_max
+    sigmas = grid_of(noise)
     found, alone = [[0.0] * len(sigmas) for _ in blocks], [0.0] * len(sigmas)
     for i, s in enumerate(sigmas.tolist()):
         for _ in range(repeat):
@@ -289,14 +294,10 @@ def vit_curve(model, blocks, baseline, control, data, repeat=4):
 def dit_curve(model, blocks, baseline, control, data):
     """EDM-weighted squared error per pixel at each level, one draw of noise for all."""
     noise, (x, label) = blocks[0].noise, data.held_out(1000, blocks[0].config)
-    sigmas = torch.logspace(math.log10(noise.sigma_min), math.log10(noise.sigma_max), 41).double()
-    sigmas[0], sigmas[-1] = noise.sigma_min, noise.sigma_max
+    sigmas = grid_of(noise)
 
-    def loss(net, s):
-        y, level = net.encode(x), torch.full((len(x),), s)
-        eps = torch.randn(y.shape, generator=torch.Generator().manual_seed(0))
-        error = (dit.batched(net, y + s * eps, level, label) - y).pow(2).flatten(1).mean(1)
-        return (noise.weight(level) * error).mean().item()
+    def loss(net, s):  # of this net, whoever owns the level
+        return dit.denoising_loss([net] * net.noise.n_blocks, x, label, s)
     return {"level": sigmas.tolist(), "unit": "weighted squared error per pixel",
             "blocks": [[loss(net, s) for s in sigmas.tolist()] for net in blocks],
             "baseline": [loss(baseline, s) for s in sigmas.tolist()],
