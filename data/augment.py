@@ -1,0 +1,114 @@
+"""Augmentation of whole batches (n, C, H, W) in [-1, 1] on their device, with random numbers of torch's CPU stream.
+RandAugment's operations take whole numbers 0..255 and their strengths s (n, 1, 1, 1) in [-1, 1]."""
+import math
+
+import torch
+import torch.nn.functional as F
+
+from data import UserError
+from diffusion_blocks import to_device
+
+
+def crop(x):
+    """Pad with black by an eighth of the size, then cut the old size out, at each image's own place."""
+    n, _, size, _ = x.shape
+    pad = max(1, size // 8)
+    x = F.pad(x, (pad,) * 4, value=-1.0).unfold(2, size, 1).unfold(3, size, 1)  # (n, C, 2P+1, 2P+1, H, W)
+    top, left = to_device(torch.randint(2 * pad + 1, (2, n)), x.device)
+    return x[torch.arange(n, device=x.device), :, top, left]                    # (n, C, H, W)
+
+
+def flip(x):
+    """Mirror each image, left to right, with probability 1/2."""
+    return torch.where(to_device(torch.rand(len(x), 1, 1, 1) < 0.5, x.device), x.flip(-1), x)
+
+
+def warp(x, entries):
+    """Affine maps about the centre, the identity but for {(row, column): value}; nearest pixel, grey outside."""
+    theta = torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)  # (n, 2, 3), in halves of the image
+    for (i, j), value in entries.items():
+        theta[:, i, j] = value.flatten()
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    return F.grid_sample(x - 128, grid, mode="nearest", align_corners=False) + 128
+
+
+def rotate(x, s):
+    sin, cos = torch.sin(math.pi / 6 * s), torch.cos(math.pi / 6 * s)  # up to 30 degrees
+    return warp(x, {(0, 0): cos, (0, 1): -sin, (1, 0): sin, (1, 1): cos})
+
+
+def blend(x, other, s):
+    """Up to 0.9 of the way away from `other` for s > 0, towards it for s < 0."""
+    return (x + 0.9 * s * (x - other)).round().clamp(0, 255)
+
+
+def grey(x):
+    """(n, 1, H, W) luminance, ITU-R 601."""
+    return x if x.shape[1] == 1 else (0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]).round()
+
+
+def smooth(x):
+    """PIL's SMOOTH filter: a neighbour weighs 1/13, the pixel itself 5/13; the rim stays."""
+    out = x.clone()
+    out[..., 1:-1, 1:-1] = ((9 * F.avg_pool2d(x, 3, 1) + 4 * x[..., 1:-1, 1:-1]) / 13).round()
+    return out
+
+
+def autocontrast(x, s):
+    """Stretch each channel to 0..255."""
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return torch.where(high > low, ((x - low) * 255 / (high - low).clamp(min=1)).floor(), x)
+
+
+def equalize(x, s):
+    """Flatten each channel's histogram as PIL.ImageOps.equalize does; it keeps pictures of under 256 pixels."""
+    flat = x.long().flatten(2)                                                  # (n, C, H * W)
+    counts = x.new_zeros(*flat.shape[:2], 256).scatter_add_(2, flat, torch.ones_like(x).flatten(2))
+    step = ((flat.shape[2] - counts.gather(2, flat.amax(2, keepdim=True))) / 255).floor()   # (n, C, 1)
+    table = ((step / 2).floor() + counts.cumsum(2) - counts) / step.clamp(min=1)            # (n, C, 256)
+    new = table.floor().clamp(max=255).gather(2, flat).view_as(x)
+    return torch.where(step.unsqueeze(3) > 0, new, x)
+
+
+OPERATIONS = {
+    "identity": lambda x, s: x,
+    "shear x": lambda x, s: warp(x, {(0, 1): 0.3 * s}),
+    "shear y": lambda x, s: warp(x, {(1, 0): 0.3 * s}),
+    "translate x": lambda x, s: warp(x, {(0, 2): 2 * 150 / 331 * s}),  # by 150 pixels of 331
+    "translate y": lambda x, s: warp(x, {(1, 2): 2 * 150 / 331 * s}),
+    "rotate": rotate,
+    "brightness": lambda x, s: blend(x, 0, s),
+    "colour": lambda x, s: blend(x, grey(x), s),
+    "contrast": lambda x, s: blend(x, grey(x).mean((1, 2, 3), keepdim=True).round(), s),
+    "sharpness": lambda x, s: blend(x, smooth(x), s),
+    "posterize": lambda x, s: x - x % 2 ** (4 * s.abs()).round(),      # the lowest 4 bits
+    "solarize": lambda x, s: torch.where(x < 255 * (1 - s.abs()), x, 255 - x),
+    "autocontrast": autocontrast,
+    "equalize": equalize}
+
+
+def rand(x, strength=9 / 30):
+    """RandAugment (Cubuk et al. 2019): two of the 14 operations for each image, at magnitude 9 of 30."""
+    x = ((x + 1) * 127.5).round()
+    for _ in range(2):
+        # each operation gets a random fourteenth of the batch: parts whose sizes are known without asking the
+        # device, as those of a boolean mask are not; for each image all operations are equally likely
+        order = torch.randperm(len(x))
+        there, back = to_device(torch.stack([order, order.argsort()]), x.device)
+        signs = to_device(2.0 * torch.randint(2, (len(x), 1, 1, 1)) - 1, x.device)
+        names = [list(OPERATIONS)[i] for i in torch.randperm(len(OPERATIONS)).tolist()]
+        parts = zip(names, x[there].tensor_split(len(names)), signs.tensor_split(len(names)))
+        x = torch.cat([OPERATIONS[name](own, strength * sign) if len(own) else own
+                       for name, own, sign in parts])[back]
+    return x / 127.5 - 1
+
+
+AUGMENTATIONS = {"rand": rand, "crop": crop, "flip": flip}  # in the order in which they are applied
+
+
+def augmentation(names):
+    """{name: function} of names joined by commas."""
+    chosen = set(names.split(",")) - {"none"}
+    if chosen - set(AUGMENTATIONS):
+        raise UserError(f"--augment {names}: choose none, or any of crop, flip, rand, joined by commas")
+    return {name: change for name, change in AUGMENTATIONS.items() if name in chosen}
