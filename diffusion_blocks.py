@@ -105,7 +105,7 @@ class LogNormal(Noise):
         ends = torch.tensor([lo or self.sigma_min, hi or self.sigma_max], dtype=torch.float64, device="cpu")
         x = (ends.log() - self.p_mean) / self.p_std
         sign = -1.0 if x[0] > 0 else 1.0    # above the median in the mirrored tail: 1 - 1e-20 rounds to 1
-        p_lo, p_hi = torch.special.ndtr(sign * x)
+        p_lo, p_hi = torch.erfc(-sign * x / math.sqrt(2)) / 2  # unlike ndtr, exact in the tail
         x = sign * torch.special.ndtri(p_lo + q * (p_hi - p_lo))
         return torch.exp(self.p_mean + self.p_std * x).clamp(*ends.tolist())
 

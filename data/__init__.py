@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 
 DATA_DIR = Path(__file__).parent  # where prepared data goes
-SPLITS = ("train", "val")
-BUILT_IN = {"stdlib": "text", "digits": "images"}
+SPLITS, BUILT_IN = ("train", "val"), {"stdlib": "text", "digits": "images"}
 HUB_FORM = (".parquet", ".arrow", ".jsonl", ".csv")  # a folder with such a file is read through `datasets`
-PATH = re.compile(r"^[./~]|/.*/|^$|\.(txt|md|py|npz|csv|jsonl?|arrow|parquet)$")  # a name that is no hub id
+PATH = re.compile(r"^[./~]|/.*/|\.(txt|md|py|npz|csv|jsonl?|arrow|parquet)$")  # a name that is no hub id
 
 
 class UserError(Exception):
@@ -36,24 +35,26 @@ def local_path(source, kind):
     if BUILT_IN.get(source, kind) != kind:
         raise UserError(f"--data {source} is {BUILT_IN[source]}, but this model needs {kind}")
     path = Path(source).expanduser()
-    if PATH.search(source) and not path.exists():
+    if not source or PATH.search(source) and not path.exists():
         raise UserError(f"--data {source}: there is no such file or folder")
     return path if path.exists() and source not in BUILT_IN else None
 
 
 def files_under(path):
-    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    """The path if it is a file, or all files of a folder and its folders; of None, none."""
+    paths = [] if path is None else path.rglob("*") if path.is_dir() else [path]
+    return sorted(p for p in paths if p.is_file())
 
 
 def load_hub(source, path, split, streaming=False):
     """[training split, held-out split if there is one] of a folder `path`, or if that is None, of a hub id."""
-    with user_error(f"--data {source} " + ("cannot be loaded" if path else
-                    "is not on the disk, and asking the Hugging Face hub for it failed")):
+    problem = "cannot be loaded" if path else "is not on the disk, and the Hugging Face hub did not give it"
+    with user_error(f"--data {source} {problem}"):
         import datasets
         import huggingface_hub
         datasets.disable_progress_bars()
         if path is None and not datasets.config.HF_HUB_OFFLINE:
-            # one short question first, because load_dataset repeats a request that fails for half a minute
+            # ask once whether it is there: load_dataset repeats a request that fails for half a minute
             huggingface_hub.HfApi().dataset_info(source, timeout=10)
         found = datasets.load_dataset(str(path or source), streaming=streaming)
     if split not in found:
@@ -63,9 +64,9 @@ def load_hub(source, path, split, streaming=False):
 
 
 def prepared(source, path, files, settings, build):
-    """(facts, {name: memory-mapped array}) of a source with these settings. They are in a folder that is known by
-    the names, sizes and times of the source's files. If there is none, build(scratch folder) returns facts and
-    arrays, and they are written and renamed; if another process was faster, its folder stays."""
+    """(facts, {name: memory-mapped array}) of a source, from a folder named after the settings and the names,
+    sizes and times of its files. If that is missing, what build(scratch folder) returns is written to another, and
+    that is renamed when complete; if another process was faster, its folder stays."""
     about = {"source": path.resolve().name if path else source} | settings
     stamps = [(p.parent.name, p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     key = hashlib.sha256(json.dumps([3, about, stamps]).encode()).hexdigest()[:12]  # 3: the format's version

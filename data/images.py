@@ -1,5 +1,5 @@
-"""Images (N, C, H, W) as bytes, or latents as floats, with labels (N,). Held out is a dataset's validation or test
-split, or a tenth of each class if it has none."""
+"""Images (N, C, H, W) as bytes, or latents as floats, with labels (N,). Held out is a dataset's validation or
+test split, or a tenth of each class if it has none."""
 import functools
 import math
 import operator
@@ -13,7 +13,7 @@ from data import SPLITS, UserError, files_under, load_hub, local_path, prepared,
 from data.augment import augmentation
 from diffusion_blocks import seed_of, to_device
 
-FACTS = ("image_size", "n_channel", "n_class", "data_mean", "data_std")  # fields of Config that the data decides
+FACTS = ("image_size", "n_channel", "n_class", "data_mean", "data_std")  # of a Config, decided by the data
 
 
 @dataclass
@@ -46,14 +46,15 @@ def read_digits(settings, path):
 
 
 def read_latents(settings, path):
-    with user_error(f"{path} must hold latents, finite numbers (N, C, H, H) with C not 1 or 3, and labels (N,), and "
-                    f"may hold val_latents and val_labels"), np.load(path) as file:
+    with user_error(f"{path} must hold latents, finite numbers (N, C, H, H) with C not 1 or 3, and labels, integers "
+                    f"(N,), and may hold val_latents and val_labels"), np.load(path) as file:
         parts = ("", "val_") if "val_latents" in file else ("",)
         images, labels = (np.concatenate([file[p + k] for p in parts]) for k in ("latents", "labels"))
         held_out = np.arange(len(images)) >= len(file["latents"]) if "val_latents" in file else None
         n, channels, height, width = images.shape
-        if channels in (1, 3) or height != width or labels.shape != (n,) or not np.isfinite(images).all():
-            raise ValueError(f"latents {images.shape}, labels {labels.shape}")
+        if (channels in (1, 3) or height != width or not np.isfinite(images).all() or labels.shape != (n,)
+                or labels.dtype.kind not in "iu"):
+            raise ValueError(f"latents {images.shape}, labels {labels.shape} {labels.dtype}")
     return images.astype(np.float32), labels.astype(np.int64), held_out, None
 
 
@@ -67,9 +68,9 @@ def read_dataset(settings, path):
     image, label = settings.image_column or [*images, ""][0], settings.label_column or [*classes, ""][0]
     pixels, labels, grey = [], [], True
     for split, row in ((split, row) for split in splits for row in range(len(split))):
-        with user_error(f"--data {settings.data}, {split.split}, row {row}: needed are an image, square, of 8 bits "
-                        f"and as large as all, and a class number; --image-column is {image!r}, --label-column "
-                        f"{label!r}, columns are {', '.join(kinds)}"):
+        with user_error(f"--data {settings.data}, {split.split}, row {row}, columns {', '.join(kinds)}: no class "
+                        f"number in --label-column {label!r}, or in --image-column {image!r} no image of 8 bits, "
+                        f"square and as large as the first"):
             cells = split[row]
             picture = cells[image]
             pixels.append(np.asarray(picture.convert("RGB")))
@@ -77,7 +78,7 @@ def read_dataset(settings, path):
             grey = grey and picture.mode in ("1", "L")
             if picture.size != (len(pixels[0]),) * 2 or picture.mode[0] in "IF":
                 raise ValueError(f"{picture.width} x {picture.height} pixels, mode {picture.mode}")
-    held_out = np.arange(len(labels)) >= len(splits[0]) if len(splits) > 1 else None
+    held_out = np.arange(len(labels)) >= len(splits[0]) if splits[1:] else None
     images = np.stack(pixels).transpose(0, 3, 1, 2)[:, :1 if grey else 3]
     return images, np.array(labels), held_out, getattr(kinds[label], "names", None)
 
@@ -94,8 +95,7 @@ def complete(images, labels, held_out, names):
     classes = set(range(len(names)))
     wrong = set(labels.tolist()) - classes or classes - set(arrays["train_labels"].tolist())
     if wrong:
-        raise UserError(f"labels must be 0 to {len(names) - 1}, and each class needs an image to train on; see label "
-                        f"{min(wrong)}")
+        raise UserError(f"labels must be 0 to {len(names) - 1}, each with an image to train on; see {min(wrong)}")
     scaled = (on_scale(x).astype(np.float64) for x in arrays["train_images"])
     mean, square = np.mean([(x.mean(), np.square(x).mean()) for x in scaled], axis=0).tolist()
     return {"train": int((~held_out).sum()), "val": int(held_out.sum()), "n_class": len(names), "names": names,
@@ -118,7 +118,7 @@ class Data:
         source, path = self.settings.data, local_path(self.settings.data, "images")
         read = read_digits if source == "digits" else read_latents if source.endswith(".npz") else read_dataset
         choice = {k: getattr(self.settings, k) for k in ("split", "image_column", "label_column")}
-        facts, arrays = prepared(source, path, files_under(path) if path else [], choice,
+        facts, arrays = prepared(source, path, files_under(path), choice,
                                  lambda folder: complete(*read(self.settings, path)))
         return facts, {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
 

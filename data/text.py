@@ -92,7 +92,8 @@ def tokenize(documents, tokenizer, scratch):
                 (train if split == "train" else val).write(tokenizer.encode(chunk).astype(dtype))
                 n_bytes[split] += len(chunk)
     if not all(n_bytes.values()):
-        raise UserError(f"too little text: {n_bytes['train']} bytes to train on, {n_bytes['val']} held out")
+        raise UserError(f"too little text (of a folder, .txt files are read): {n_bytes['train']} bytes to train "
+                        f"on, {n_bytes['val']} held out")
     ids = {split: np.memmap(scratch / split, dtype, "r") for split in SPLITS}
     return {"train": len(ids["train"]), "val": len(ids["val"]), "vocab_size": tokenizer.n_vocab,
             "bytes_per_token": n_bytes["val"] / len(ids["val"])}, ids
@@ -109,15 +110,15 @@ class Data:
     def stored(self):
         """(facts, {split: token ids})."""
         source, path = self.settings.data, local_path(self.settings.data, "text")
-        files = stdlib_files() if source == "stdlib" else files_under(path) if path else []
-        about = {"tokenizer": self.tokenizer.name}
+        files, about = files_under(path), {"tokenizer": self.tokenizer.name}
         if source == "stdlib":
-            about["python"] = platform.python_version()
-        if source != "stdlib" and (not files or any(p.suffix in HUB_FORM for p in files)):
+            files, about["python"] = stdlib_files(), platform.python_version()
+            documents = file_documents(files)
+        elif not files or any(p.suffix in HUB_FORM for p in files):
             about |= {"split": self.settings.split, "column": self.settings.column}
             documents = hub_documents(self.settings, path)
         else:
-            documents = file_documents([p for p in files if p.suffix == ".txt" or not path or p == path])
+            documents = file_documents([p for p in files if p == path or p.suffix == ".txt"])
         return prepared(source, path, files, about, lambda folder: tokenize(documents, self.tokenizer, folder))
 
     about = property(lambda self: self.stored[0])
