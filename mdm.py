@@ -1,8 +1,7 @@
 """Masked diffusion, block by block: every block guesses masked tokens at its own share of masks.
 
 y is the text, z the same text with masks: at time t a token is visible with probability alpha(t). Block b
-owns an interval of t, block 0 the one where nearly all is masked, and guesses every masked token from the
-visible ones.
+owns an interval of t (block 0: nearly all is masked) and guesses masked tokens from the visible ones.
 
     loss of block b = E over t in its interval of  -alpha'(t) / (1 - alpha(t)) * sum over masks of CE
 
@@ -51,7 +50,6 @@ class Config:
 # A preset names fields of Config, its noise, the data's settings or train.py's Training.
 PRESETS = {
     "default": dict(steps=1200, batch_size=16, lr=3e-3, warmup=100, weight_decay=0.03, beta2=0.99, ema=0.999),
-    # the paper's, with MD4's EMA
     "text8": dict(data="afmck/text8", n_layer=12, n_blocks=3, n_head=12, n_embd=768, n_cond=128, seq_len=256,
                   batch_size=256, epochs=100.0, lr=3e-4, warmup=2000, weight_decay=0.03, beta2=0.999,
                   ema=0.9999),

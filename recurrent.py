@@ -56,8 +56,7 @@ class Config:
         return replace(self, mean_passes=1)
 
 
-# A preset names fields of Config, its noise, the data's settings or train.py's Training. lm1b has the paper's
-# shape, but GPT-2's tokenizer: Llama-2's is not freely downloadable. Its baseline: --epochs 5.
+# A preset names fields as in gpt.py. lm1b is the paper's, but for the tokenizer; its baseline: --epochs 5.
 PRESETS = {
     "default": dict(steps=400, batch_size=16, lr=6e-3, warmup=50),
     "lm1b": dict(n_head=8, n_embd=512, n_cond=128, seq_len=256, data="dvruette/lm1b", tokenizer="gpt2",
@@ -133,8 +132,7 @@ class MLP(nn.Module):
 
 
 class SandwichLayer(nn.Module):
-    """Huginn's layer: a norm before each sub-layer and another one after each sum. Given the noise level's
-    embedding, adaLN shifts, scales and gates both sub-layers, zero-initialised around the plain layer."""
+    """Huginn's layer: a norm before each sub-layer and another one after each sum; adaLN as in gpt.py."""
 
     def __init__(self, config, modulated=False):
         super().__init__()
@@ -172,8 +170,7 @@ class NoiseEmbedding(nn.Module):
 
 
 def run(layers, h, start=0, past=None, cond=None):
-    """h (B, T, C) at positions start, start + 1, ... through layers that attend causally to it and to the
-    past's keys and values -> (B, T, C), and the keys and values of h, [(k, v)], (B, H, T, D) each."""
+    """h (B, T, C) through layers that attend causally to it and to the past -> (B, T, C), its [(k, v)]."""
     mask, out = None, []
     if past:
         mask = torch.ones(h.shape[1], start + h.shape[1], dtype=torch.bool, device=h.device).tril(start)
@@ -258,8 +255,7 @@ class Block(Recurrent):
 
 
 class EndToEnd(Recurrent):
-    """The baseline: backpropagation through the last of a random number of passes. EndToEnd(config.control())
-    is the control: one pass, from a state of zeros."""
+    """The baseline: a random number of passes. EndToEnd(config.control()) is the control: one, from zeros."""
 
     def __init__(self, config):
         super().__init__(config)

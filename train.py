@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -141,13 +142,12 @@ def train(module, model, part, config, training, run, data, device, rank=0, size
                             f"untouched; try a lower --lr")
         if logs and rank == 0:
             with autocast():
-                val_loss = validate(average or net, held_out)
+                val = validate(average or net, held_out)
             mean, ms = float(total) / since, 1000 * (time.time() - began) / (step - first)
             peak = f"{torch.cuda.max_memory_allocated(device) / 1e6:.0f} MB | " * (device.type == "cuda")
-            print(f"{name} | step {step}/{steps} | loss {mean:.4f} | val {val_loss:.4f} | "
-                  f"lr {group['lr']:.1e} | {ms:.0f} ms/step | {peak}{(steps - step) * ms / 6e4:.1f} min left",
-                  flush=True)
-            log.append({"step": step, "loss": mean, "val_loss": val_loss, "lr": group["lr"], "ms": ms})
+            print(f"{name} | step {step}/{steps} | loss {mean:.4f} | val {val:.4f} | lr {group['lr']:.1e} | "
+                  f"{ms:.0f} ms/step | {peak}{(steps - step) * ms / 6e4:.1f} min left", flush=True)
+            log.append({"step": step, "loss": mean, "val_loss": val, "lr": group["lr"], "ms": ms})
             save(path.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in log).encode())
             total, since = 0.0, 0
         if saves and rank == 0:
@@ -439,7 +439,7 @@ def settle(typed, preset, module, source, rank=0, n_ranks=1):
 def command(model, part, out):
     """The command that trains a part."""
     flag = f"--block {part[6:]}" if part.startswith("block_") else "--" + part.replace("_", "-")
-    return f"python train.py --model {model} {flag}" + (f" --out {out}" if str(out) != "out" else "")
+    return f"python train.py --model {model} {flag} --out {shlex.quote(str(out))}"
 
 
 def set_up(run, training, local_rank=0):

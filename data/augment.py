@@ -1,11 +1,8 @@
-"""Augmentation of whole batches (n, C, H, W) in [-1, 1] on their device, with random numbers of torch's CPU stream.
+"""Augmentation of whole batches (n, C, H, W) in [-1, 1] on their device, by torch's CPU random stream.
 RandAugment's operations take whole numbers 0..255 and their strengths s (n, 1, 1, 1) in [-1, 1]."""
-import math
-
 import torch
 import torch.nn.functional as F
 
-from data import UserError
 from diffusion_blocks import to_device
 
 
@@ -24,17 +21,12 @@ def flip(x):
 
 
 def warp(x, entries):
-    """Affine maps about the centre, the identity but for {(row, column): value}; nearest pixel, grey outside."""
+    """Affine maps about the centre, the identity but for {(row, column): value}; grey outside."""
     theta = torch.eye(2, 3, device=x.device).repeat(len(x), 1, 1)  # (n, 2, 3), in halves of the image
     for (i, j), value in entries.items():
         theta[:, i, j] = value.flatten()
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     return F.grid_sample(x - 128, grid, mode="nearest", align_corners=False) + 128
-
-
-def rotate(x, s):
-    sin, cos = torch.sin(math.pi / 6 * s), torch.cos(math.pi / 6 * s)  # up to 30 degrees
-    return warp(x, {(0, 0): cos, (0, 1): -sin, (1, 0): sin, (1, 1): cos})
 
 
 def blend(x, other, s):
@@ -55,13 +47,12 @@ def smooth(x):
 
 
 def autocontrast(x, s):
-    """Stretch each channel to 0..255."""
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     return torch.where(high > low, ((x - low) * 255 / (high - low).clamp(min=1)).floor(), x)
 
 
 def equalize(x, s):
-    """Flatten each channel's histogram as PIL.ImageOps.equalize does; it keeps pictures of under 256 pixels."""
+    """Flatten each channel's histogram as PIL.ImageOps.equalize does; under 256 pixels change nothing."""
     flat = x.long().flatten(2)                                                  # (n, C, H * W)
     counts = x.new_zeros(*flat.shape[:2], 256).scatter_add_(2, flat, torch.ones_like(x).flatten(2))
     step = ((flat.shape[2] - counts.gather(2, flat.amax(2, keepdim=True))) / 255).floor()   # (n, C, 1)
@@ -76,7 +67,8 @@ OPERATIONS = {
     "shear y": lambda x, s: warp(x, {(1, 0): 0.3 * s}),
     "translate x": lambda x, s: warp(x, {(0, 2): 2 * 150 / 331 * s}),  # by 150 pixels of 331
     "translate y": lambda x, s: warp(x, {(1, 2): 2 * 150 / 331 * s}),
-    "rotate": rotate,
+    "rotate": lambda x, s, t=torch.pi / 6: warp(x, {                   # by 30 degrees
+        (0, 0): (t * s).cos(), (0, 1): -(t * s).sin(), (1, 0): (t * s).sin(), (1, 1): (t * s).cos()}),
     "brightness": lambda x, s: blend(x, 0, s),
     "colour": lambda x, s: blend(x, grey(x), s),
     "contrast": lambda x, s: blend(x, grey(x).mean((1, 2, 3), keepdim=True).round(), s),
@@ -91,8 +83,7 @@ def rand(x, strength=9 / 30):
     """RandAugment (Cubuk et al. 2019): two of the 14 operations for each image, at magnitude 9 of 30."""
     x = ((x + 1) * 127.5).round()
     for _ in range(2):
-        # each operation gets a random fourteenth of the batch: parts whose sizes are known without asking the
-        # device, as those of a boolean mask are not; for each image all operations are equally likely
+        # each operation gets a random 14th of the batch: a boolean mask would have to wait for the device
         order = torch.randperm(len(x))
         there, back = to_device(torch.stack([order, order.argsort()]), x.device)
         signs = to_device(2.0 * torch.randint(2, (len(x), 1, 1, 1)) - 1, x.device)
@@ -104,11 +95,3 @@ def rand(x, strength=9 / 30):
 
 
 AUGMENTATIONS = {"rand": rand, "crop": crop, "flip": flip}  # in the order in which they are applied
-
-
-def augmentation(names):
-    """{name: function} of names joined by commas."""
-    chosen = set(names.split(",")) - {"none"}
-    if chosen - set(AUGMENTATIONS):
-        raise UserError(f"--augment {names}: choose none, or any of crop, flip, rand, joined by commas")
-    return {name: change for name, change in AUGMENTATIONS.items() if name in chosen}

@@ -1,7 +1,6 @@
 """Images (N, C, H, W) as bytes, or latents as floats, with labels (N,). Held out is a dataset's validation or
 test split, or a tenth of each class if it has none."""
 import functools
-import math
 import operator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import SPLITS, UserError, files_under, load_hub, local_path, prepared, user_error
-from data.augment import augmentation
+from data import UserError, files_under, load_hub, local_path, prepared, user_error
+from data.augment import AUGMENTATIONS
 from diffusion_blocks import seed_of, to_device
 
 FACTS = ("image_size", "n_channel", "n_class", "data_mean", "data_std")  # of a Config, decided by the data
@@ -36,29 +35,25 @@ def on_scale(images):
     return images if images.dtype.itemsize > 1 else images / 127.5 - 1
 
 
-# Readers return images, labels, a mask (N,) of those held out or None, names of the classes or None.
-
 def read_digits(settings, path):
-    with np.load(Path(__file__).parent / "digits.npz") as file:
-        images, labels, held_out = (file[k] for k in ("images", "labels", "held_out"))
+    images, labels, held_out = np.load(Path(__file__).parent / "digits.npz").values()
     images = np.rint(images[:, None] * (255 / 16)).astype(np.uint8)  # from 17 levels of grey
     return images, labels.astype(np.int64), held_out, None
 
 
 def read_latents(settings, path):
-    with user_error(f"{path} must hold latents, finite numbers (N, C, H, H) with C not 1 or 3, and labels, integers "
+    with user_error(f"{path} must hold latents, finite (N, C, H, H) with C not 1 or 3, and labels, integers "
                     f"(N,), and may hold val_latents and val_labels"), np.load(path) as file:
         parts = ("", "val_") if "val_latents" in file else ("",)
         images, labels = (np.concatenate([file[p + k] for p in parts]) for k in ("latents", "labels"))
         held_out = np.arange(len(images)) >= len(file["latents"]) if "val_latents" in file else None
         n, channels, height, width = images.shape
-        if (channels in (1, 3) or height != width or not np.isfinite(images).all() or labels.shape != (n,)
-                or labels.dtype.kind not in "iu"):
-            raise ValueError(f"latents {images.shape}, labels {labels.shape} {labels.dtype}")
-    return images.astype(np.float32), labels.astype(np.int64), held_out, None
+        if channels in (1, 3) or height != width or labels.shape != (n,) or not np.isfinite(images).all():
+            raise ValueError(f"latents {images.shape}, labels {labels.shape}")
+        return images.astype(np.float32), labels.astype(np.int64, casting="same_kind"), held_out, None
 
 
-def read_dataset(settings, path):
+def read_hub(settings, path):
     splits = load_hub(settings.data, path, settings.split)
     import datasets
     kinds = splits[0].features
@@ -68,9 +63,8 @@ def read_dataset(settings, path):
     image, label = settings.image_column or [*images, ""][0], settings.label_column or [*classes, ""][0]
     pixels, labels, grey = [], [], True
     for split, row in ((split, row) for split in splits for row in range(len(split))):
-        with user_error(f"--data {settings.data}, {split.split}, row {row}, columns {', '.join(kinds)}: no class "
-                        f"number in --label-column {label!r}, or in --image-column {image!r} no image of 8 bits, "
-                        f"square and as large as the first"):
+        with user_error(f"{settings.data}, {split.split}, row {row}: of {[*kinds]}, --image-column {image!r} "
+                        f"must hold square 8-bit images of one size, --label-column {label!r} classes"):
             cells = split[row]
             picture = cells[image]
             pixels.append(np.asarray(picture.convert("RGB")))
@@ -84,8 +78,8 @@ def read_dataset(settings, path):
 
 
 def complete(images, labels, held_out, names):
-    """(facts, arrays) of what a reader returns."""
-    if held_out is None:  # a tenth of each class, one image at least
+    """(facts, arrays) of a reader's images, labels, mask (N,) of those held out and class names, if any."""
+    if held_out is None or not held_out.any():  # a tenth of each class, one image at least
         held_out = np.zeros(len(labels), dtype=bool)
         for own in (np.flatnonzero(labels == c) for c in np.unique(labels)):
             held_out[own[shuffled(len(own), 0, "held out")[:max(1, len(own) // 10)]]] = True
@@ -95,12 +89,12 @@ def complete(images, labels, held_out, names):
     classes = set(range(len(names)))
     wrong = set(labels.tolist()) - classes or classes - set(arrays["train_labels"].tolist())
     if wrong:
-        raise UserError(f"labels must be 0 to {len(names) - 1}, each with an image to train on; see {min(wrong)}")
+        raise UserError(f"labels must be 0 to {max(classes)}, each with a training image; see {min(wrong)}")
     scaled = (on_scale(x).astype(np.float64) for x in arrays["train_images"])
     mean, square = np.mean([(x.mean(), np.square(x).mean()) for x in scaled], axis=0).tolist()
-    return {"train": int((~held_out).sum()), "val": int(held_out.sum()), "n_class": len(names), "names": names,
-            "n_channel": images.shape[1], "image_size": images.shape[2], "data_mean": round(mean, 6),
-            "data_std": round(math.sqrt(square - mean ** 2), 6)}, arrays
+    return {"train": int((~held_out).sum()), "val": int(held_out.sum()), "names": names,
+            "n_class": len(names), "n_channel": images.shape[1], "image_size": images.shape[2],
+            "data_mean": round(mean, 6), "data_std": round((square - mean ** 2) ** 0.5, 6)}, arrays
 
 
 class Data:
@@ -108,15 +102,16 @@ class Data:
 
     def __init__(self, settings, device, seed=0):
         self.settings, self.device, self.seed = settings, torch.device(device), seed
-        self.augment = augmentation(settings.augment)
-        if self.augment and settings.data.endswith(".npz"):
-            raise UserError(f"--augment {settings.augment} is for pixels, but {settings.data} holds latents")
+        chosen = set(settings.augment.split(",")) - {"none"}
+        if chosen - set(AUGMENTATIONS) or chosen and settings.data.endswith(".npz"):
+            raise UserError(f"--augment {settings.augment}: choose none, or for images any of crop,flip,rand")
+        self.augment = {name: change for name, change in AUGMENTATIONS.items() if name in chosen}
 
     @functools.cached_property
     def stored(self):
         """(facts, {name: tensor}): moved to a GPU once; on the CPU they stay memory-mapped."""
         source, path = self.settings.data, local_path(self.settings.data, "images")
-        read = read_digits if source == "digits" else read_latents if source.endswith(".npz") else read_dataset
+        read = read_digits if source == "digits" else read_latents if source.endswith(".npz") else read_hub
         choice = {k: getattr(self.settings, k) for k in ("split", "image_column", "label_column")}
         facts, arrays = prepared(source, path, files_under(path), choice,
                                  lambda folder: complete(*read(self.settings, path)))
@@ -127,13 +122,11 @@ class Data:
     facts = property(lambda self: {k: self.stored[0][k] for k in FACTS})
 
     def describe(self):
-        about, size = self.about, self.about["image_size"]
-        return (f"{about['source']}, {about['train']:,} images to train on, {about['val']:,} held out, "
-                f"{about['n_channel']} x {size} x {size}, {about['n_class']} classes, augmentation "
-                f"{','.join(self.augment) or 'none'}, fingerprint {about['fingerprint'][:12]}")
+        return ("{source}, {train:,} images to train on, {val:,} held out, {n_channel} x {image_size} x "
+                "{image_size}, {n_class} classes, augmentation {}, fingerprint {fingerprint:.12}").format(
+                    ",".join(self.augment) or "none", **self.about)
 
-    def length(self, config):
-        """Examples in an epoch."""
+    def length(self, config):  # examples in an epoch
         return self.stored[0]["train"]
 
     def fetch(self, split, rows):

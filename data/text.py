@@ -1,4 +1,4 @@
-"""Text: tokens to train on and tokens held out. Held out is a dataset's validation or test split, or else every
+"""Text: tokens to train on and held-out ones. Held out is a dataset's validation or test split, or else every
 100th document; every tenth of ten files or more; the last tenth of fewer files."""
 import functools
 import platform
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import HUB_FORM, SPLITS, UserError, files_under, load_hub, local_path, prepared, user_error
+from data import HUB_FORM, UserError, files_under, load_hub, local_path, prepared, user_error
 from diffusion_blocks import to_device
 
 FACTS = ("vocab_size",)  # fields of a model's Config that the data decides
-# a megabyte of text up to the next white space after a word, where GPT-2's encoding cuts no token, or the rest
+# a megabyte of text, up to white space after a word, within which GPT-2's encoding has no token; or the rest
 CHUNK = re.compile(rb".{1048576}.*?(?<![ \n])(?=[ \n])|.+", re.DOTALL)
 
 
@@ -26,11 +26,10 @@ class Settings:
     tokenizer: str = "bytes"  # bytes, or a tiktoken encoding such as gpt2
 
 
+@dataclass
 class Tokenizer:
     """Bytes, or a tiktoken encoding, which is loaded when first needed."""
-
-    def __init__(self, name):
-        self.name = name
+    name: str
 
     @functools.cached_property
     def encoding(self):
@@ -75,26 +74,24 @@ def file_documents(files):
 def hub_documents(settings, path):
     """Yields (split, document) of a dataset, which is streamed."""
     datasets = load_hub(settings.data, path, settings.split, streaming=True)
-    for split, dataset in zip(SPLITS, datasets):
+    for split, dataset in zip(("train", "val"), datasets):
         for i, row in enumerate(dataset):
-            with user_error(f"--data {settings.data}, row {i}: no text in --column {settings.column}; the columns "
-                            f"are {', '.join(row)}"):
+            with user_error(f"{settings.data}, row {i}: no text in --column {settings.column} of {[*row]}"):
                 document = row[settings.column].encode()
             yield "val" if len(datasets) == 1 and i % 100 == 99 else split, document
 
 
 def tokenize(documents, tokenizer, scratch):
     """(facts, {split: token ids}) of documents, with a line end between two, by way of files in a folder."""
-    n_bytes, dtype = dict.fromkeys(SPLITS, 0), np.min_scalar_type(tokenizer.n_vocab - 1)
+    n_bytes, dtype = {"train": 0, "val": 0}, np.min_scalar_type(tokenizer.n_vocab - 1)
     with open(scratch / "train", "wb") as train, open(scratch / "val", "wb") as val:
         for split, document in documents:
             for chunk in ([b"\n"] if n_bytes[split] and document else []) + CHUNK.findall(document):
                 (train if split == "train" else val).write(tokenizer.encode(chunk).astype(dtype))
                 n_bytes[split] += len(chunk)
     if not all(n_bytes.values()):
-        raise UserError(f"too little text (of a folder, .txt files are read): {n_bytes['train']} bytes to train "
-                        f"on, {n_bytes['val']} held out")
-    ids = {split: np.memmap(scratch / split, dtype, "r") for split in SPLITS}
+        raise UserError(f"too little text; bytes found (of a folder, in .txt files): {n_bytes}")
+    ids = {split: np.memmap(scratch / split, dtype, "r") for split in n_bytes}
     return {"train": len(ids["train"]), "val": len(ids["val"]), "vocab_size": tokenizer.n_vocab,
             "bytes_per_token": n_bytes["val"] / len(ids["val"])}, ids
 
@@ -119,27 +116,24 @@ class Data:
             documents = hub_documents(self.settings, path)
         else:
             documents = file_documents([p for p in files if p == path or p.suffix == ".txt"])
-        return prepared(source, path, files, about, lambda folder: tokenize(documents, self.tokenizer, folder))
+        return prepared(source, path, files, about, functools.partial(tokenize, documents, self.tokenizer))
 
     about = property(lambda self: self.stored[0])
     facts = property(lambda self: {k: self.about[k] for k in FACTS})
     bytes_per_token = property(lambda self: self.about["bytes_per_token"])  # of the held-out text
 
     def describe(self):
-        about = self.about
-        python = f" of Python {about['python']}" if "python" in about else ""
-        return (f"{about['source']}{python}, tokenizer {about['tokenizer']}, {about['train']:,} tokens to train "
-                f"on, {about['val']:,} held out, fingerprint {about['fingerprint'][:12]}")
+        python = f" of Python {self.about['python']}" if "python" in self.about else ""
+        return ("{source}" + python + ", tokenizer {tokenizer}, {train:,} tokens to train on, {val:,} held "
+                "out, fingerprint {fingerprint:.12}").format(**self.about)
 
-    def length(self, config):
-        """Examples in an epoch."""
+    def length(self, config):  # examples in an epoch
         return self.about["train"] // config.seq_len
 
     def windows(self, split, starts, config):
         """(n, T + 1) tokens from each start onwards."""
         if min(self.about["train"], self.about["val"]) < config.seq_len + 2:
-            raise UserError(f"--data {self.settings.data} is too short for --seq-len {config.seq_len}: "
-                            f"{self.about['train']:,} tokens to train on, {self.about['val']:,} held out")
+            raise UserError(f"too little text for --seq-len {config.seq_len}: {self.describe()}")
         rows = np.stack([self.stored[1][split][i:i + config.seq_len + 1] for i in starts])
         return to_device(torch.from_numpy(rows.astype(np.int64)), self.device)
 
@@ -155,7 +149,7 @@ class Data:
         return self.windows("val", np.linspace(0, last, n).astype(np.int64), config)
 
     def unigram(self):
-        """(V,) log-probabilities of the tokens in the training text, each counted once more than it occurs."""
+        """(V,) log-probabilities of tokens in the training text, each counted once more than it occurs."""
         counts = np.ones(self.about["vocab_size"])
         for ids in np.array_split(self.stored[1]["train"], self.about["train"] // 2 ** 20 + 1):
             counts += np.bincount(ids, minlength=len(counts))

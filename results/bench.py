@@ -1,0 +1,159 @@
+"""What an update costs, in bytes and in time, with train.py's flags for model, data and training:
+
+    python results/bench.py --model mdm --memory    # bytes, term by term: OUT/mdm/memory.json
+    python results/bench.py --model mdm --time      # an update and a step of sampling: OUT/mdm/bench.json
+
+--memory: the second update of the whole network and of its largest block, not compiled. Activations are what
+the forward pass of one piece of the batch saves for the backward pass. The peak is the most that is allocated
+at once, with weights, moments and running mean. "Checkpointed": only each layer's input is kept.
+--time: median and quartiles of rounds, in each of which baseline, control and all blocks have their turn."""
+import argparse
+import gc
+import itertools
+import statistics
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+
+from common import Learner, about, begin, interleaved, run, train, write
+
+
+# ---- Memory -----------------------------------------------------------------------------------------------
+
+def storages(tensors):
+    """{address: bytes} of the storages that tensors lie in, each counted once."""
+    found = [t.untyped_storage() for t in tensors if torch.is_tensor(t)]
+    return {s.data_ptr(): s.nbytes() for s in found}
+
+
+def peak_during(function, device):
+    """The most bytes that were allocated at once while a function ran, beyond those there before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as record:
+        function()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def memory_of(setup, part, checkpointed=False):
+    """{what: bytes} of the second update of a part."""
+    gc.collect()  # layers that are computed twice refer to themselves
+    learner, saved, gradients = Learner(setup, part, checkpointed), {}, {}
+    net, optimizer, average = learner.net, learner.optimizer, learner.average
+    weights, mean = (storages([*n.parameters(), *n.buffers()]) if n else {} for n in (net, average))
+
+    def pack(t):
+        saved.update({k: v for k, v in storages([t]).items() if k not in weights})
+        return t
+    learner.update(0)  # in which the optimizer makes its state
+    net.register_forward_pre_hook(lambda *_: saved.clear())  # the pieces of a batch do not add up
+    optimizer.register_step_pre_hook(lambda *_: gradients.update(storages(p.grad for p in net.parameters())))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        peak = peak_during(lambda: learner.update(1), setup.device)
+    moments = storages(t for state in optimizer.state.values() for t in state.values())
+    found = {"weights": weights, "gradients": gradients, "optimizer": moments, "running mean": mean,
+             "activations": saved}
+    found = {name: sum(sizes.values()) for name, sizes in found.items()}
+    return found | {"peak": found["weights"] + found["optimizer"] + found["running mean"] + peak}
+
+
+def memory_tables(setup):
+    """Bytes of the whole network and of the largest block, with and without checkpointed activations."""
+    n = min(2, setup.training.accumulate)  # a third piece of the batch would add nothing
+    size = setup.training.batch_size // setup.training.accumulate
+    few = replace(setup.training, accumulate=n, batch_size=n * size, compile="off")
+    setup = SimpleNamespace(**vars(setup) | {"training": few})
+    with torch.device("meta"):
+        counts = {part: sum(p.numel() for p in train.build(setup.module, setup.config, part).parameters())
+                  for part in (f"block_{b}" for b in range(setup.config.noise.n_blocks))}
+    rows = {name + ", activations checkpointed" * checkpointed: memory_of(setup, part, checkpointed)
+            for name, part in (("end to end", "end_to_end"), ("one block", max(counts, key=counts.get)))
+            for checkpointed in (False, True)}
+    terms = {", ".join(k): k for k in (("weights", "gradients", "optimizer"), ("activations",), ("peak",))}
+    whole = rows["end to end"]
+    return {"memory of one update, MB": {name: {k: v / 1e6 for k, v in row.items()}
+                                         for name, row in rows.items()},
+            "of end to end, %": {name: {k: 100 * sum(row[t] for t in ts) / sum(whole[t] for t in ts)
+                                        for k, ts in terms.items()} for name, row in rows.items()}}
+
+
+# ---- Time -------------------------------------------------------------------------------------------------
+
+def sampling_step(model, net, n=16):
+    """A function that evaluates a network once for n examples, as a step of its sampler does; in gpt and
+    recurrent for the last token of a window, the rest of which is cached. None where there is no such step:
+    recurrent's baseline has no cache."""
+    if model not in ("vit", "dit", "gpt", "mdm", "recurrent"):
+        return None
+    c, device, block = net.config, next(net.parameters()).device, hasattr(net, "table")
+    length, level = getattr(c, "seq_len", 1), torch.ones(n, device=device)
+    z = torch.randn(n, length, c.n_embd, device=device)
+    if model in ("vit", "dit"):
+        x = torch.randn(n, c.n_channel, c.image_size, c.image_size, device=device)
+        if model == "dit":
+            return partial(net.denoise, x, level, level.long())
+        return partial(net.logits, x, z[:, 0], level) if block else partial(net.logits, x)
+    x = torch.zeros(n, length, dtype=torch.long, device=device)
+    if model == "mdm":
+        return partial(net.logits, x, level)
+    if model == "gpt":
+        past = net.context(x) if block else net.logits(x[:, 1:])[1]
+        return partial(net.logits, x[:, :1], *((z[:, :1], level) if block else ()), past)
+    if model == "recurrent" and block:
+        e, past = net.condition(x[:, 1:])
+        last = z[:, :1], level, length - 1, net.logits(e, z[:, 1:], level)[1]
+        return lambda: net.logits(net.condition(x[:, :1], length - 1, past)[0], *last)
+
+
+def time_tables(setup, rounds):
+    """Time of an update and of a step of sampling of all parts."""
+    blocks = [f"block {b}" for b in range(setup.config.noise.n_blocks)]
+    learners = {name: Learner(setup, name.replace(" ", "_")) for name in ("end to end", "control", *blocks)}
+    updates = {name: learner.update for name, learner in learners.items()}
+    updates["end to end, activations checkpointed"] = Learner(setup, "end_to_end", checkpointed=True).update
+    updates = interleaved(updates, setup.device, rounds)
+    updates["all blocks"] = [sum(ms) for ms in zip(*(updates[b] for b in blocks))]
+    with torch.no_grad():
+        steps = {name: sampling_step(setup.model, learner.net.eval()) for name, learner in learners.items()}
+        steps = {name: lambda _, step=step: step() for name, step in steps.items() if step}
+        steps = interleaved(steps, setup.device, rounds)
+    tables = {f"one update of {setup.training.batch_size}": updates,
+              "one step of sampling, 16 at once": steps}
+    for title, times in tables.items():
+        rows = tables[title] = {}
+        for name, ms in times.items():
+            low, middle, high = statistics.quantiles(ms, n=4)
+            rows[name] = {"ms": middle, "mean, ms": statistics.mean(ms), "lower quartile, ms": low,
+                          "upper quartile, ms": high}
+            if "end to end" in rows:
+                rows[name]["of end to end, %"] = 100 * middle / rows["end to end"]["ms"]
+    return tables
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--rounds", type=int, default=20)
+    own, rest = parser.parse_known_args(argv)
+    if not (own.memory or own.time):
+        parser.error("--memory, --time or both?")
+    setup = begin([*rest, "--end-to-end", "--overwrite"])  # nothing is trained, nothing overwritten
+    report = about("bench", argv) | {"model": setup.model, "config": train.flat(setup.config),
+                                     "training": train.flat(setup.training), "data": setup.data.about}
+    if own.memory:
+        write(setup.folder / "memory.json", report | {"tables": memory_tables(setup)})
+    if own.time:
+        report |= {"rounds": own.rounds, "tables": time_tables(setup, own.rounds)}
+        write(setup.folder / "bench.json", report)
+
+
+if __name__ == "__main__":
+    run(main)

