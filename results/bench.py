@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common import Learner, about, begin, interleaved, run, train, write
+from common import about, begin, interleaved, learner, run, train, write
 
 
 # ---- Memory -----------------------------------------------------------------------------------------------
@@ -45,18 +45,18 @@ def peak_during(function, device):
 def memory_of(setup, part, checkpointed=False):
     """{what: bytes} of the second update of a part."""
     gc.collect()  # layers that are computed twice refer to themselves
-    learner, saved, gradients = Learner(setup, part, checkpointed), {}, {}
-    net, optimizer, average = learner.net, learner.optimizer, learner.average
+    net, optimizer, average, update = learner(setup, part, checkpointed)
     weights, mean = (storages([*n.parameters(), *n.buffers()]) if n else {} for n in (net, average))
+    saved, gradients = {}, {}
 
     def pack(t):
         saved.update({k: v for k, v in storages([t]).items() if k not in weights})
         return t
-    learner.update(0)  # in which the optimizer makes its state
+    update(0)  # in which the optimizer makes its state
     net.register_forward_pre_hook(lambda *_: saved.clear())  # the pieces of a batch do not add up
     optimizer.register_step_pre_hook(lambda *_: gradients.update(storages(p.grad for p in net.parameters())))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        peak = peak_during(lambda: learner.update(1), setup.device)
+        peak = peak_during(lambda: update(1), setup.device)
     moments = storages(t for state in optimizer.state.values() for t in state.values())
     found = {"weights": weights, "gradients": gradients, "optimizer": moments, "running mean": mean,
              "activations": saved}
@@ -115,13 +115,13 @@ def sampling_step(model, net, n=16):
 def time_tables(setup, rounds):
     """Time of an update and of a step of sampling of all parts."""
     blocks = [f"block {b}" for b in range(setup.config.noise.n_blocks)]
-    learners = {name: Learner(setup, name.replace(" ", "_")) for name in ("end to end", "control", *blocks)}
-    updates = {name: learner.update for name, learner in learners.items()}
-    updates["end to end, activations checkpointed"] = Learner(setup, "end_to_end", checkpointed=True).update
+    parts = {name: learner(setup, name.replace(" ", "_")) for name in ("end to end", "control", *blocks)}
+    updates = {name: update for name, (_, _, _, update) in parts.items()}
+    _, _, _, updates["end to end, activations checkpointed"] = learner(setup, "end_to_end", True)
     updates = interleaved(updates, setup.device, rounds)
     updates["all blocks"] = [sum(ms) for ms in zip(*(updates[b] for b in blocks))]
     with torch.no_grad():
-        steps = {name: sampling_step(setup.model, learner.net.eval()) for name, learner in learners.items()}
+        steps = {name: sampling_step(setup.model, net.eval()) for name, (net, *_) in parts.items()}
         steps = {name: lambda _, step=step: step() for name, step in steps.items() if step}
         steps = interleaved(steps, setup.device, rounds)
     tables = {f"one update of {setup.training.batch_size}": updates,

@@ -3,6 +3,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -41,32 +42,31 @@ def load(setup):
                      for part in ("end_to_end", "control"))
 
 
-class Learner:
-    """A part of the model in training, as `train.train` trains it."""
+def learner(setup, part, checkpointed=False):
+    """A part of the model in training: network, optimizer, running mean or None, and update(step), which does
+    what `train.train` does in an update."""
+    training, device, seed = setup.training, setup.device, seed_of(setup.training.seed, part)
+    n_pieces, bf16 = training.accumulate, training.precision == "bf16"
+    torch.manual_seed(seed)
+    net = train.build(setup.module, setup.config, part).to(device).train()
+    average = copy.deepcopy(net) if training.ema else None
+    optimizer = train.make_optimizer(net, training, device)
+    train.prepare_layers(net, training, replace(setup.run, checkpoint_activations=checkpointed))
 
-    def __init__(self, setup, part, checkpointed=False):
-        self.setup, self.seed = setup, seed_of(setup.training.seed, part)
-        torch.manual_seed(self.seed)
-        self.net = train.build(setup.module, setup.config, part).to(setup.device).train()
-        self.average = copy.deepcopy(self.net) if setup.training.ema else None
-        self.optimizer = train.make_optimizer(self.net, setup.training, setup.device)
-        run = replace(setup.run, checkpoint_activations=checkpointed)
-        train.prepare_layers(self.net, setup.training, run)
-
-    def update(self, step):
-        setup, training, n_pieces = self.setup, self.setup.training, self.setup.training.accumulate
+    def update(step):
         for piece in range(step * n_pieces, (step + 1) * n_pieces):
-            torch.manual_seed(self.seed + piece)
+            torch.manual_seed(seed + piece)
             batch = setup.data.batch(training.batch_size // n_pieces, setup.config, piece)
-            with torch.autocast(setup.device.type, torch.bfloat16, training.precision == "bf16"):
-                loss = self.net(batch) / n_pieces
+            with torch.autocast(device.type, torch.bfloat16, bf16):
+                loss = net(batch) / n_pieces
             loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), training.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
+        nn.utils.clip_grad_norm_(net.parameters(), training.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if average is not None:
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.average.parameters()), list(self.net.parameters()), 0.1)
+                torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 0.1)
+    return net, optimizer, average, update
 
 
 def interleaved(functions, device, rounds, warm_up=3):
@@ -84,15 +84,14 @@ def interleaved(functions, device, rounds, warm_up=3):
 
 def about(script, argv):
     """What a measurement rests on."""
-    command = "git rev-parse --short HEAD && git status --porcelain -uno ':/*.py'"
-    git = subprocess.run(command, shell=True, cwd=HERE, capture_output=True, text=True).stdout.splitlines()
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "model name: a CPU"
-    name = next((line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), "a CPU")
-    return {"command": " ".join(["python", f"results/{script}.py", *argv]), "commit": git[0] if git else "",
+    git = subprocess.run("git rev-parse --short HEAD && git status --porcelain -uno ':/*.py'", shell=True,
+                         cwd=HERE, capture_output=True, text=True).stdout.splitlines() or [""]
+    info = Path("/proc/cpuinfo")
+    cpu = re.findall("model name\\s*: (.*)", info.read_text() if info.exists() else "") or ["a CPU"]
+    return {"command": " ".join(["python", f"results/{script}.py", *argv]), "commit": git[0],
             "changed": len(git) > 1, "date": date.today().isoformat(), "torch": str(torch.__version__),
-            "python": sys.version.split()[0], "threads": torch.get_num_threads(),
-            "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else
-            f"{os.cpu_count()} cores of {name}"}
+            "python": sys.version.split()[0], "threads": torch.get_num_threads(), "machine":
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of {cpu[0]}"}
 
 
 def write(path, report):

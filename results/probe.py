@@ -1,20 +1,21 @@
 """What an evaluation does beyond the main figures, of the blocks, baseline and control in OUT:
 
-    python results/probe.py --model gpt --out out    # writes results/probe/gpt.json; of seed S: gpt_seedS.json
+    python results/probe.py --model gpt --out out     # writes results/probe/gpt.json; of seed S: gpt_seedS.json
 
 curve: the loss of every block at every noise level, also where it was not trained; beside it the exact
-posterior from z alone, without a network, and baseline and control. "z = 0": the block without a noisy target.
-steps, of seed 0 only: what the sampler makes of another number of levels and without a block (the chain skips
-its levels); generated text or images. The bound of the sampler is that of the ancestral one that visits these
-levels, on -log p(y | x), with both of its ends."""
+posterior from z alone, without a network, baseline and control. "z = 0": the block without a noisy target.
+steps, of seed 0 only: what the sampler makes of another number of levels, and without a block (the chain
+skips its levels); generated text or images. The bound of the sampler is that of the ancestral one which
+visits these levels, on -log p(y | x), with both of its ends."""
 import math
 
 import torch
 
+from common import HERE, about, begin, load, run, train, write  # first: it puts the models on the path
+
 import dit
 import gpt
 import mdm
-from common import HERE, about, begin, load, run, train, write
 from diffusion_blocks import bayes_logits, bound_ends, cross_entropy, decode_labels
 from frechet import batched, frechet_distance, our_vit
 
@@ -43,16 +44,14 @@ def denoiser(model, blocks, x, target):
         return lambda b, z, sigma: blocks[b].logits(x, z, sigma, contexts[b])
     block, (e, _) = blocks[0], blocks[0].condition(x)
 
-    def logits(b, z, sigma):  # one slot at a time: as in generation, the slots before it hold true, noisy tokens
-        _, past = block.logits(e, block.noise.corrupt(block.table[target], sigma), sigma)
-        slots = [block.logits(e[:, i:i + 1], z[:, i:i + 1], sigma, i, [(k[:, :, :i], v[:, :, :i]) for k, v in past])
-                 for i in range(e.shape[1])]
-        return torch.cat([slot for slot, _ in slots], dim=1)
+    def slot(i, z, sigma, seen):  # one at a time: as in generation, those before it hold true, noisy tokens
+        past = [(k[:, :, :i], v[:, :, :i]) for k, v in seen]
+        return block.logits(e[:, i:i + 1], z[:, i:i + 1], sigma, i, past)[0]
+
+    def logits(b, z, sigma):
+        _, seen = block.logits(e, block.noise.corrupt(block.table[target], sigma), sigma)
+        return torch.cat([slot(i, z, sigma, seen) for i in range(e.shape[1])], dim=1)
     return logits
-
-
-def nats(logits, target):
-    return cross_entropy(logits, target).sum().item()
 
 
 def plain_logits(net, x, *how):
@@ -62,9 +61,9 @@ def plain_logits(net, x, *how):
 
 
 def sampler_bound(logits, target, table, noise, steps):
-    """Nats over the batch of the bound on -log p(target | x) of the ancestral sampler that visits `steps`, from
+    """The bound, nats over the batch, on -log p(target | x) of the ancestral sampler that visits `steps` from
     sigma_max to sigma_min (the discrete-time loss of VDM, arXiv 2107.00630), from one draw for each level.
-    Unlike the continuous bound, to which it falls as the steps get finer, it depends on their number."""
+    As the steps get finer it falls to the bound of `score_labels`."""
     y, total = table[target], 0.0
     for sigma, lower in zip(steps[:-1].tolist(), steps[1:].tolist()):
         level = torch.full((len(y),), sigma, device=y.device)
@@ -94,64 +93,66 @@ class Labels:
         self.count = sum(target.numel() for _, target in pairs)
         self.scale = 1 / (math.log(2) * size * self.count)
 
-    def bits(self, score):
-        """The mean of score(x, target, logits), nats over a batch; the same noise in every call."""
+    def total(self, score):
+        """The sum of score(x, target, logits) over all batches; the same noise in every call."""
         torch.manual_seed(0)
-        return self.scale * sum(score(*batch) for batch in self.batches)
+        return sum(score(*batch) for batch in self.batches)
 
-    def plain(self, net, *how):
-        """The mean of a baseline or control."""
-        return self.bits(lambda x, target, _: nats(plain_logits(net, x, *how), target))
-
-    def at(self, sigma, answer):
-        """The mean of answer(logits, z, level) at one level."""
-        def score(x, target, logits):
+    def at(self, sigma, b, z_scale=1.0, logits=None):
+        """Bits of block b, or of other logits, at one level."""
+        def nats(x, target, own):
             level = torch.full((len(target),), sigma, device=target.device)
-            return nats(answer(logits, self.noise.corrupt(self.table[target], level), level), target)
-        return self.bits(score)
+            z = z_scale * self.noise.corrupt(self.table[target], level)
+            return cross_entropy((logits or own)(b, z, level), target).sum().item()
+        return self.scale * self.total(nats)
 
-    def from_z(self, b, z, sigma):
-        """Logits of the exact posterior from z and the frequencies of the targets; b is not used."""
+    def z_alone(self, b, z, sigma):
+        """Logits of the exact posterior from z and the frequencies of the targets, whatever the block."""
         return bayes_logits(self.prior, z, sigma, self.table)
 
-    def right(self, steps):
-        """How many targets are right, %, at the end of a chain over the levels `steps`."""
-        torch.manual_seed(0)
-        return {name: 100 / self.count * sum(
-            (decode_labels(logits, target.shape, self.table, self.noise, steps, temperature) == target).sum().item()
-            for _, target, logits in self.batches)
+    def bound(self, steps, logits=None):
+        return self.scale * self.total(
+            lambda x, target, own: sampler_bound(logits or own, target, self.table, self.noise, steps))
+
+    def plain(self, net, *how):
+        """Bits of a baseline or control."""
+        return self.scale * self.total(
+            lambda x, target, _: cross_entropy(plain_logits(net, x, *how), target).sum().item())
+
+    def chain(self, steps):
+        """How many targets are right at the end of a chain over the levels `steps`."""
+        return {name: 100 / self.count * self.total(lambda x, target, logits: (decode_labels(
+            logits, target.shape, self.table, self.noise, steps, temperature) == target).sum().item())
             for name, temperature in (("from z = 0, %", 0.0), ("from noise, %", 1.0))}
 
 
 def label_curve(setup, blocks, baseline, control):
-    labels, levels, n = Labels(setup, blocks), sigma_grid(blocks[0].noise), range(len(blocks))
-    return {
-        "level": levels, "unit": labels.unit,
-        "blocks": [[labels.at(s, lambda logits, z, level: logits(b, z, level)) for s in levels] for b in n],
-        "z = 0": [[labels.at(s, lambda logits, z, level: logits(b, 0 * z, level)) for s in levels] for b in n],
-        "z alone": [labels.at(s, lambda _, z, level: labels.from_z(0, z, level)) for s in levels],
-        "baseline": labels.plain(baseline), "control": labels.plain(control)}
+    labels, levels, own = Labels(setup, blocks), sigma_grid(blocks[0].noise), range(len(blocks))
+    return {"level": levels, "unit": labels.unit,
+            "blocks": [[labels.at(s, b) for s in levels] for b in own],
+            "z = 0": [[labels.at(s, b, z_scale=0.0) for s in levels] for b in own],
+            "z alone": [labels.at(s, 0, logits=labels.z_alone) for s in levels],
+            "baseline": labels.plain(baseline), "control": labels.plain(control)}
 
 
 def label_steps(setup, blocks, baseline, control):
-    """The chain over the number of its levels and without each block, and each block alone with z = 0."""
-    labels, noise, tables = Labels(setup, blocks), blocks[0].noise, {"levels": {}, "left out": {}, "z = 0": {}}
+    """The chain over the number of its levels and without each block; each block alone with z = 0."""
+    labels, noise = Labels(setup, blocks), blocks[0].noise
+    tables = {"levels": {}, "left out": {"none": labels.chain(noise.steps(16))}, "z = 0": {}}
     for n in LEVELS:
         steps = noise.steps(max(2, n))[:n]
-        row = tables["levels"][n] = labels.right(steps)
-        for column, logits in ((f"bound of the sampler, {labels.unit}", None),
-                               ("the same from z alone (Bayes)", labels.from_z)) if n > 1 else ():
-            row[column] = labels.bits(lambda x, target, own: sampler_bound(logits or own, target, labels.table, noise, steps))
+        row = tables["levels"][n] = labels.chain(steps)
+        if n > 1:
+            row[f"bound of the sampler, {labels.unit}"] = labels.bound(steps)
+            row["the same from z alone (Bayes)"] = labels.bound(steps, labels.z_alone)
         if setup.model == "recurrent":
             row[f"baseline, {labels.unit}"] = labels.plain(baseline, n)
-    tables["left out"]["none"] = labels.right(noise.steps(16))
     for b in range(len(blocks)):
         sigma = math.sqrt(math.prod(noise.interval(b)))
-        tables["z = 0"][f"block {b}"] = {
-            "sigma": sigma, "right, %": labels.right(torch.tensor([sigma]))["from z = 0, %"],
-            labels.unit: labels.at(sigma, lambda logits, z, level: logits(b, 0 * z, level))}
+        tables["z = 0"][f"block {b}"] = {"sigma": sigma, labels.unit: labels.at(sigma, b, z_scale=0.0),
+                                         "right, %": labels.chain(torch.tensor([sigma]))["from z = 0, %"]}
         if len(blocks) > 1:
-            tables["left out"][f"block {b}"] = labels.right(without(noise, b, noise.steps(16)))
+            tables["left out"][f"block {b}"] = labels.chain(without(noise, b, noise.steps(16)))
     return tables | ({} if setup.model == "vit" else {"text": continued_text(setup, blocks, baseline)})
 
 
@@ -163,16 +164,16 @@ def score_text(judge, tokens, start, data):
     new, logits = tokens[:, start:], plain_logits(judge, tokens[:, :-1])[:, start - 1:]
     pairs = torch.stack([new[:, :-1], new[:, 1:]], dim=-1).flatten(0, 1)     # (N * (length - 1), 2)
     p = torch.bincount(new.flatten().cpu()).double() / new.numel()
-    return {"judge, bits per byte": nats(logits, new) / math.log(2) / new.numel() / data.bytes_per_token,
-            "distinct-2": len(pairs.unique(dim=0)) / len(pairs),
+    bits = cross_entropy(logits, new).mean().item() / math.log(2)
+    return {"judge, bits per byte": bits / data.bytes_per_token, "distinct-2": len(pairs.unique(dim=0)) / len(pairs),
             "unigram entropy, bits": torch.special.entr(p).sum().item() / math.log(2)}
 
 
 def continued_text(setup, blocks, baseline):
     """Half a window after held-out quarters of one; the judge is the baseline, which favours its own text."""
     start, stop = setup.config.seq_len // 4, 3 * setup.config.seq_len // 4
-    n, key = (32, "n_passes") if setup.model == "recurrent" else (64, "euler_steps")
-    held_out = setup.data.held_out(n, setup.config)[:, :stop]
+    rows, key = (32, "n_passes") if setup.model == "recurrent" else (64, "euler_steps")
+    held_out = setup.data.held_out(rows, setup.config)[:, :stop]
 
     def score(nets, **how):
         torch.manual_seed(0)
@@ -211,10 +212,11 @@ def mdm_steps(setup, blocks, baseline, control):
     """Text made from masks alone, over the number of moves, under the end-to-end gpt.py in the same OUT."""
     judge, _ = train.trained(gpt, "gpt", "end_to_end", setup.run.out, setup.device)
     windows = setup.data.held_out(64, setup.config)[:, :-1]
-    rows, masks = {"held-out text": score_text(judge, windows, 1, setup.data)}, torch.full_like(windows, blocks[0].noise.mask_id)
+    rows = {"held-out text": score_text(judge, windows, 1, setup.data)}
     for n in (4, 8, 16, 32, 64, 128, 256):
         for name, nets in (("blocks", blocks), ("baseline", baseline)):
             torch.manual_seed(0)
+            masks = torch.full_like(windows, blocks[0].noise.mask_id)
             tokens = mdm.fill(nets, masks, mdm.Sampling(n_moves=n))
             rows[f"{name}, {n} moves"] = score_text(judge, tokens, 1, setup.data)
     return {"text": rows}
@@ -228,8 +230,8 @@ def dit_curve(setup, blocks, baseline, control):
 
     def loss(net):  # of this network, whoever owns the level
         return [dit.denoising_loss([net] * net.noise.n_blocks, images, label, s) for s in levels]
-    return {"level": levels, "unit": "weighted squared error per pixel", "blocks": [loss(net) for net in blocks],
-            "baseline": loss(baseline), "control": loss(control)}
+    return {"level": levels, "unit": "weighted squared error per pixel", "baseline": loss(baseline),
+            "control": loss(control), "blocks": [loss(net) for net in blocks]}
 
 
 def dit_steps(setup, blocks, baseline, control):
