@@ -263,10 +263,9 @@ class EndToEnd(Recurrent):
         self.title = f"trained end to end, {config.mean_passes} passes in the mean"
 
     def first_state(self, e):
-        """Normal noise of the embedding's scale, cut at 3 deviations (Huginn), of e's shape (B, T, C)."""
+        """(B, T, C) normal noise cut at 3 deviations (Huginn); by erfinv: trunc_normal_ waits for the GPU."""
         if self.config.mean_passes == 1:
             return torch.zeros_like(e)
-        # by the inverse distribution function: trunc_normal_ would wait for the device
         u, std = torch.rand(e.shape, device=e.device), (2 / 5) ** 0.5        # sqrt(2 / 5C) * sqrt(C)
         return std * math.sqrt(2) * torch.erfinv((2 * u - 1) * math.erf(3 / math.sqrt(2)))
 
@@ -331,7 +330,6 @@ def next_token(nets, tokens, cache, temperature=1.0, n_passes=32):
         logits, new = block.logits(e, slots, level, start, past.get(sigma))
         out[sigma] = extended(past.get(sigma), [(k[:, :, :n], v[:, :, :n]) for k, v in new])
         return logits[:, -1:].softmax(-1) @ block.table                      # (N, 1, C)
-
     z = temperature * block.noise.sigma_max * torch.randn_like(e[:, -1:])    # (N, 1, C)
     d = euler(denoise, z, block.noise.steps(max(2, n_passes))[:n_passes])    # a single pass is at sigma_max
     return (d @ block.table.T).argmax(-1)[:, 0], out

@@ -94,7 +94,7 @@ def train(module, model, part, config, training, run, data, device, rank=0, size
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, training.precision == "bf16")
     torch.manual_seed(seed_of(training.seed, f"{part} weights"))
     net = build(module, config, part).to(device).train()
-    average = copy.deepcopy(net).eval() if training.ema else None
+    average = copy.deepcopy(net).eval().requires_grad_(False) if training.ema else None
     optimizer = make_optimizer(net, training, device)
     step, log = 0, []
     if run.resume and path.exists():
@@ -110,8 +110,8 @@ def train(module, model, part, config, training, run, data, device, rank=0, size
     pieces, piece_size = range(rank, n_pieces, size), training.batch_size // n_pieces
     held_out, seed = data.held_out(4 * piece_size, config), seed_of(training.seed, part)
     name, count = part.replace("_", " "), sum(p.numel() for p in net.parameters())
-    print(f"{model} {name}: {getattr(net, 'title', '')}; {count:,} parameters, {16 * count / 1e6:.1f} MB of "
-          f"weights, gradients and moments; update {step} of {steps}; to {path}", flush=True)
+    print(f"{model} {name}: {getattr(net, 'title', 'own')}; {count:,} parameters, {16 * count / 1e6:.1f} MB "
+          f"of weights, gradients and moments; update {step} of {steps}; to {path}", flush=True)
     total, since, first, began = 0.0, 0, step, time.time()
     while step < steps:
         for group in optimizer.param_groups:
@@ -132,8 +132,7 @@ def train(module, model, part, config, training, run, data, device, rank=0, size
         step, since = step + 1, since + 1
         if average is not None:
             decay = min(training.ema, (1 + step) / (10 + step))  # with the usual warm-up
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(average.parameters()), [p.data for p in net.parameters()], 1 - decay)
         stop = rank == 0 and STOP
         logs, saves = (step % n == 0 or step == steps or stop for n in (run.log_every, run.save_every))
         # on CUDA, only logging and saving wait for the device
@@ -382,7 +381,8 @@ def parse(argv):
     if not Path(__file__).with_name(f"{known.model}.py").exists():
         raise UserError(f"no {known.model}.py here; choose vit, dit, gpt, mdm, recurrent or write your own")
     module = importlib.import_module(known.model)
-    lacks = [k for k in CONTRACT if not hasattr(module, k)]
+    needs = CONTRACT + ("evaluate",) * ("--eval" in argv) + ("sample",) * ("--sample" in argv)
+    lacks = [k for k in needs if not hasattr(module, k)]
     if lacks or known.preset not in module.PRESETS:
         raise UserError(f"{known.model}.py lacks {', '.join(lacks) or f'a preset {known.preset!r}'}")
     source, preset = importlib.import_module(f"data.{module.DATA}"), module.PRESETS[known.preset]
@@ -413,8 +413,8 @@ def settle(typed, preset, module, source, rank=0, n_ranks=1):
     if act and typed["block"] or typed["eval"] and parts or not (act or parts or typed["block"]):
         raise UserError("say what to do: --block N, --block all, --end-to-end, --control, --eval or --sample "
                         "(or the last with --end-to-end or --control)")
-    allowed = [Run, source.Settings] + ([] if act else [Training, module.Config])
-    allowed += [module.Sampling] if typed["sample"] else []
+    allowed = [Run, source.Settings, *([] if act else [Training, module.Config])]
+    allowed += [module.Sampling] * typed["sample"]
     useless = set(typed).difference(ACTIONS, *(flat(cls()) for cls in allowed))
     if useless:
         raise UserError(f"--{min(useless).replace('_', '-')} has no effect here; drop it")
