@@ -8,14 +8,13 @@ import math
 import os
 import pickle
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +24,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,6 +44,7 @@ from diffusion_blocks import (LogNormal, Masking, bayes_logits, bound_ends, boun
 HERE = Path(train.__file__).parent
 sys.path.append(str(HERE / "results"))
 import bench  # noqa: E402
+import mlp  # noqa: E402
 import probe  # noqa: E402
 from frechet import frechet_distance  # noqa: E402
 
@@ -117,14 +116,12 @@ def record(module, monkeypatch):
 # ---- Golden values, computed with the first version of this code (commit 7bfb360) -------------------------
 
 # loss and sum of |gradients|: of a fresh network, and of one with every parameter moved. The recurrent
-# baseline's are those of the old code with the two changes that the new one makes: the first state is drawn by
+# baseline's are of the old code with the two changes that the new one makes: the first state is drawn by
 # erfinv, and the passes are 1 + Poisson(3), so that their mean is mean_passes
 GOLDEN = [
     (gpt, {}, "block_0 block_1 end_to_end control", [
         [2.066228, 47.52098, 2.185629, 149.9363], [.3053154, 18.03651, .2951656, 60.28576],
         [4.158187, 69.75466, 4.292978, 317.9784], [4.18109, 55.58989, 4.293616, 183.6529]]),
-    (gpt, {"readout": "edm"}, "block_0 block_1", [
-        [2.788429, 306.4424, 4.804982, 1494.881], [.2563983, 62.70628, .6432577, 437.9431]]),
     (vit, {"dropout": .1}, "block_0 block_1", [
         [1.767948, 39.02747, 2.493151, 110.8592], [.5648378, 19.77048, .7808058, 57.41926]]),
     (vit, {"readout": "edm"}, "block_0 block_1 end_to_end control", [
@@ -136,8 +133,6 @@ GOLDEN = [
     (mdm, {}, "block_0 block_1 end_to_end control", [
         [4.08305, 21.20951, 4.438284, 135.9221], [3.274767, 31.30708, 3.398198, 166.372],
         [3.39958, 23.70708, 3.518213, 194.4144], [3.39958, 23.38088, 3.563424, 133.4495]]),
-    (mdm, {"schedule": "cosine"}, "block_1", [
-        [4.72735, 45.17356, 4.939335, 237.456]]),
     (recurrent, {}, "block_0 end_to_end control", [
         [1.483386, 67.58465, 1.585702, 167.4994], [4.343582, 113.2207, 4.500504, 275.9472],
         [4.402275, 106.4613, 4.456502, 261.4965]])]
@@ -171,22 +166,25 @@ def test_samples_are_those_of_the_first_version():
             (gpt.generate(made(gpt), start, 10), [26, 20, 21, 63, 8, 28, 35, 33, 5, 22]),
             (gpt.generate(made(gpt, "end_to_end"), start, 8), [41, 43, 14, 22, 10, 63, 56, 4]),
             (recurrent.generate(made(recurrent), start, 8, n_passes=4), [51, 8, 22, 47, 27, 42, 59, 18]),
-            (recurrent.generate(made(recurrent, "end_to_end"), start, 6, n_passes=3), [59, 38, 63, 63, 5, 40]),
-            (mdm.fill(made(mdm), masks, mdm.Sampling(n_moves=8)), [20, 48, 40, 42, 50, 0, 14, 52, 10, 17, 3, 22])):
+            (recurrent.generate(made(recurrent, "end_to_end"), start, 5, n_passes=3), [59, 38, 63, 63, 5]),
+            (mdm.fill(made(mdm), masks, mdm.Sampling(n_moves=8)), [50, 0, 14, 52, 10, 17, 3, 22])):
         assert text[0].tolist()[-len(expected):] == expected
     assert vit.classify(made(vit), IMAGES, 4, temperature=1.0).tolist() == [1, 1, 3, 1, 3, 3]
-    assert dit.generate_images(made(dit), LABELS, 6, 1.5).abs().sum().item() == pytest.approx(602.6353, rel=1e-4)
+    size = dit.generate_images(made(dit), LABELS, 6, 1.5).abs().sum().item()
+    assert size == pytest.approx(602.6353, rel=1e-4)
 
 
 def test_levels_and_shares_of_the_bound_are_those_of_the_first_version():
     noise, masking, y = LogNormal(3), Masking(3), target_table(20, 8, 0)[torch.arange(6)]
     masking.mask_id, found = 64, [*noise.steps(5).tolist(), *LogNormal(3, edges="uniform").ends]
     found += [*noise.sample(1, 3).tolist(), *masking.sample(1, 2).tolist()]
-    found += [bound_share(lambda z, s: (y - z / (1 + s[:, None])).pow(2).sum(1), y, noise, b) for b in range(3)]
+    for b in range(3):
+        found += [bound_share(lambda z, s: (y - z / (1 + s[:, None])).pow(2).sum(1), y, noise, b)]
     found += bound_ends(lambda z, s: (z - y).abs().sum(1), y, noise)
-    found += [bound_share(lambda z, t: (z == 64).float().sum(1), TOKENS[:, :-1], masking, b) for b in range(3)]
+    for b in range(3):
+        found += [bound_share(lambda z, t: (z == 64).float().sum(1), TOKENS[:, :-1], masking, b)]
     assert found == pytest.approx([
-        80, .67664864, .3012001, .1340761, .002, .002, .068399038, 2.3392142, 80, .24797505, .32497409, .429831,
+        80, .67664864, .3012001, .1340761, .002, .002, .068399, 2.3392142, 80, .24797505, .32497409, .429831,
         .48547041, .66880375, 3.394432, 6.0571675, 48.153025, .014954998, 7.8125e-05, 5.2373776, 5.3180749,
         4.8113354], rel=1e-5)
 
@@ -201,13 +199,12 @@ def test_layers_and_levels_are_divided_as_in_the_paper_or_as_told_or_not_at_all(
     assert LogNormal(2, sigma_min=.01, sigma_max=100, edges="uniform").ends == pytest.approx([.01, 1, 100])
     noise = LogNormal(3, edges="0.1,7")
     assert [noise.interval(b) for b in range(3)] == [(7, 80), (.1, 7), (.002, .1)]
-    for make, wrong in (
-            (LogNormal, [dict(edges="7"), dict(edges="7,1,2"), dict(edges="100,1"), dict(sigma_min=90)]),
-            (Masking, [dict(schedule="square"), dict(n_blocks=0), dict(eps=0), dict(gamma=-1)]),
-            (lambda n_blocks, split: split_layers(12, n_blocks, split), [dict(split="4,9,1"), dict(split="0,6,6")])):
-        for values in wrong:
-            with pytest.raises(ValueError):
-                make(**{"n_blocks": 3, **values})
+    for make, *wrong in ((LogNormal, 3, -1.2, 1.2, 90.0), (Masking, 3, -1.0), (split_layers, 12, 3, "4,9,1")):
+        with pytest.raises(ValueError):
+            make(*wrong)
+    for edges in ("7", "7,1", "100,1", "1,1"):
+        with pytest.raises(ValueError):
+            LogNormal(3, edges=edges)
 
 
 @pytest.mark.parametrize("noise", [LogNormal(4, gamma=.1), LogNormal(6, edges="uniform", p_std=.4)])
@@ -220,7 +217,7 @@ def test_draws_follow_the_log_normal_cut_to_the_widened_interval_even_in_the_far
         a = (hi / lo) ** noise.gamma
         lo, hi = max(lo / a, .002), min(hi * a, 80)
         q = sorted(mass(lo, s) / mass(lo, hi) for s in noise.sample(b, 1000).tolist())
-        assert max(abs(v - (i + .5) / 1000) for i, v in enumerate(q)) < 6e-4   # stratified: each in its 1000th
+        assert max(abs(v - (i + .5) / 1000) for i, v in enumerate(q)) < 6e-4  # stratified: each in its 1000th
     if noise.edges == "uniform":
         assert noise.sample(0, 1001).median().item() == pytest.approx(12.9, abs=.05)
 
@@ -233,7 +230,7 @@ def test_each_level_has_one_owner_the_same_in_training_and_in_sampling(noise):
     for b in range(n):
         lo, hi = noise.interval(b)
         assert noise.block_of(hi) == b == noise.block_of(math.nextafter(lo, 99))
-        assert noise.block_of(lo) == min(b + 1, n - 1)          # lo < level <= hi, but the lowest has an owner too
+        assert noise.block_of(lo) == min(b + 1, n - 1)   # lo < level <= hi, and the lowest has one, too
         assert all(lo * .99999 <= s <= hi * 1.00001 for s in noise.sample(b, 200).tolist())    # in float32
     for outside in (noise.ends[0] - .001, noise.ends[-1] + .001):
         with pytest.raises(ValueError):
@@ -262,8 +259,8 @@ def test_preconditioning_weight_and_loss_have_their_known_values_and_identities(
 def test_the_target_table_is_the_same_everywhere_and_has_unit_rows():
     square, table = target_table(10, 32, 7), target_table(256, 32, 0)
     assert torch.allclose(square @ square.T, torch.eye(10), atol=1e-6)
-    assert torch.allclose(table.norm(dim=1), torch.ones(256)) and not torch.equal(table, target_table(256, 32, 1))
-    rounded = (table * 2 ** 20).round().int().numpy().tobytes()  # blocks of different machines have to agree on it
+    assert torch.allclose(table.norm(dim=1), torch.ones(256))
+    rounded = (table * 2 ** 20).round().int().numpy().tobytes()  # blocks of different machines agree on it
     assert hashlib.sha256(rounded).hexdigest()[:16] == "41254622d3f45911"
 
 
@@ -315,16 +312,9 @@ def test_masks_have_their_schedule_and_every_block_an_equal_step_of_it(noise):
         t = noise.sample(b, 64).double().sort().values                     # antithetic: equally far apart
         assert wide_lo - 1e-6 <= t.min() and t.max() <= wide_hi + 1e-6
         assert (t.diff() * 64 - (wide_hi - wide_lo)).abs().max() < 1e-4
-    uniform, cosine = (noise.steps(8, grid, start=.5) for grid in ("uniform", "cosine"))
-    assert uniform.tolist() == pytest.approx([i / 16 for i in range(8, -1, -1)])
-    assert cosine[0] == .5 and cosine[-1] == 0 and (cosine[1:-1] > uniform[1:-1]).all()
 
 
 # ---- All five models, by one contract ---------------------------------------------------------------------
-
-def noisy(module):
-    return torch.randn(6, *{dit: (3, 8, 8), vit: (32,)}.get(module, (16, 32)))
-
 
 def network(block, z, sigma, x=TOKENS[:, :-1]):
     """What the network of a block itself says, without the likelihood of z that a Bayes readout adds."""
@@ -376,30 +366,11 @@ def test_blocks_share_nothing_and_the_control_has_one_blocks_layers(module):
         assert [len(module.Block(tiny(module, layer_split="3,1"), b).layers) for b in range(2)] == [3, 1]
 
 
-@pytest.mark.parametrize("module, entry", [(vit, "z_in"), (gpt, "z_in"), (dit, "patch_in"), (recurrent, "adapter")])
-def test_z_enters_scaled_by_c_in_and_like_its_level_without_effect_until_weights_move(module, entry):
-    block, sigma, z, seen = module.Block(tiny(module), 0), torch.linspace(1, 9, 6), noisy(module), []
-    fresh, others = network(block, z, sigma), [network(block, 0 * z, sigma), network(block, z, 9 * sigma)]
-    if module is dit:  # what has no effect at first is the whole network: D is c_skip z
-        others, fresh = [z * (.25 / (sigma ** 2 + .25)).view(6, 1, 1, 1)], fresh
-    assert all(torch.allclose(fresh, other, atol=1e-4) for other in others)
-    moved = network(randomised(block), z, sigma)
-    others = [network(block, z + 1, sigma), network(block, z, 9 * sigma)]
-    others += [block.denoise(z, sigma, (LABELS + 1) % 10)] if module is dit else []
-    assert all((other - moved).abs().mean() > .01 for other in others)
-    getattr(block, entry).register_forward_pre_hook(lambda net, args: seen.append(args[0]))
-    for level in (.002, .5, 80.0):
-        network(block, z, torch.full((6,), level))
-        entered = seen[-1][..., :32] / block.config.z_rate if module is recurrent else seen[-1]
-        expected = z / (level ** 2 + .25) ** .5        # sigma_data is .5
-        assert torch.allclose(entered.flatten().sort().values, expected.flatten().sort().values, atol=1e-5)
-
-
 @each(gpt, vit, recurrent)
 def test_an_edm_readout_takes_z_at_low_noise_and_the_network_at_high_noise(module):
     block = module.Block(tiny(module, readout="edm"), 0)
-    z = block.table[LABELS if module is vit else TOKENS[:, 1:]]
-    low, high, moved = (network(block, v, torch.full((6,), s)) for v, s in ((z, .002), (z, 80.0), (z + 1, 80.0)))
+    z, one = block.table[LABELS if module is vit else TOKENS[:, 1:]], torch.ones(6)
+    low, high, moved = (network(block, *v) for v in ((z, .002 * one), (z, 80 * one), (z + 1, 80 * one)))
     assert torch.allclose(low, 16 * z @ block.table.T, atol=.3)            # c_skip 1, a scale of 16
     assert torch.allclose(high, moved, atol=.05) and high.std() > .1       # c_skip 0, c_out 1/2
 
@@ -420,8 +391,8 @@ def test_generation_computes_what_training_computes_with_a_cache_and_without(mod
         if module is gpt:
             whole = logits(nets[b], x, z, sigma, nets[b].context(x))
         else:
-            (found, _), (other, _), (whole, _) = found, other, logits(nets[b], nets[b].condition(x)[0], z, sigma)
-        same = [found, other] + [whole] * (x.shape[1] <= 16)               # the first window: all slots at once
+            found, other, whole = found[0], other[0], logits(nets[b], nets[b].condition(x)[0], z, sigma)[0]
+        same = [found, other] + [whole] * (x.shape[1] <= 16)               # the first window: slots at once
         same = [min(1.0, level ** 2) * v[:, -1] for v in same]             # the size of what the network adds
         assert all(torch.allclose(same[0], v, atol=1e-3) for v in same[1:])
 
@@ -440,32 +411,21 @@ def test_what_is_scored_or_sampled_is_without_dropout(tmp_path, monkeypatch):
     assert len(seen) > 20 and not any(seen)
 
 
-PAPER = [  # layers, blocks, width, heads, batch, epochs, learning rate; millions of parameters that are known of it
-    (gpt, "lm1b", [12, 4, 768, 12, 256, 10, 3e-4], 12 * 12 * .768 ** 2 + 2 * 50.257 * .768),
-    (gpt, "owt", [12, 4, 768, 12, 256, 10, 3e-4], 12 * 12 * .768 ** 2 + 2 * 50.257 * .768),
-    (vit, "cifar100", [12, 3, 128, 4, 128, 500, 5e-4], 12 * (4 * .128 ** 2 + 2 * .128 * 3.072)),
-    (vit, "tiny-imagenet", [12, 2, 768, 12, 256, 100, 1e-4], 86),          # ViT-B
-    (dit, "cifar10", [12, 3, 384, 6, 512, 100, 1e-4], 33),                 # DiT-S/2
-    (dit, "imagenet256", [24, 3, 1024, 16, 512, 100, 5e-5], 458),          # DiT-L/2
-    (mdm, "text8", [12, 3, 768, 12, 256, 100, 3e-4], 12 * 12 * .768 ** 2 + 12 * 6 * .128 * .768),
-    (recurrent, "lm1b", [8, 1, 512, 8, 256, 15, 3e-4], (8 * 12 + 2) * .512 ** 2 + 50.257 * .512)]
+KNOWN = {"tiny-imagenet": 86, "cifar10": 33, "imagenet256": 458}  # millions: ViT-B, DiT-S/2, DiT-L/2
 
 
-@pytest.mark.parametrize("module, name, sizes, millions", PAPER + [(m, "default", None, 0) for m in MODELS])
-def test_presets_name_what_exists_and_have_the_papers_sizes(module, name, sizes, millions):
+@pytest.mark.parametrize("module, name", [(module, name) for module in MODELS for name in module.PRESETS])
+def test_presets_name_what_exists_and_have_the_papers_sizes(module, name):
     values, source = module.PRESETS[name], importlib.import_module(f"data.{module.DATA}")
     known = [train.flat(s) for s in (module.Config(), module.Sampling(), train.Training(), source.Settings())]
     assert set(values) <= {k for settings in known for k in settings} - set(source.FACTS)
-    facts = dict(vocab_size=50257 if "tokenizer" in values else 256, image_size=64 if "tiny" in name else 32,
-                 n_channel=4 if "256" in name else 3, n_class=1000 if "256" in name else 100)
-    c, t = train.replaced(module.Config(), values | facts), train.replaced(train.Training(), values)
+    facts = dict(vocab_size=300, image_size=64 if "tiny" in name else 32, n_channel=4 if "256" in name else 3,
+                 n_class=1000 if "256" in name else 100)
+    config = train.replaced(module.Config(), values | facts)
     with torch.device("meta"):
-        whole = sum(p.numel() for p in module.EndToEnd(c).parameters()) / 1e6
-        module.Block(train.replaced(c, {"vocab_size": 256}), c.noise.n_blocks - 1)
-    if sizes:
-        n_layer = c.n_prelude + c.n_core + c.n_coda if module is recurrent else c.n_layer
-        assert [n_layer, c.noise.n_blocks, c.n_embd, c.n_head, t.batch_size, t.epochs, t.lr] == sizes
-        assert whole == pytest.approx(millions, rel=.02)
+        whole = sum(p.numel() for p in module.EndToEnd(config).parameters()) / 1e6
+        module.Block(config, config.noise.n_blocks - 1)
+    assert whole == pytest.approx(KNOWN.get(name, whole), rel=.02)
 
 
 # ---- What is each model's own -----------------------------------------------------------------------------
@@ -505,36 +465,8 @@ def test_the_baseline_is_causal_and_a_cache_changes_nothing(module):
     assert torch.equal(*out[2:])
 
 
-def test_pixels_are_standardised_and_dits_target_has_sigma_data(monkeypatch):
-    batch, seen = (.1 + .6 * torch.randn(200, 3, 8, 8), torch.arange(200) % 10), []
-    for net in (vit.Block(tiny(vit), 0), vit.EndToEnd(tiny(vit))):
-        net.embed.linear.register_forward_pre_hook(lambda net, args: seen.append(args[0]))
-        net(batch)
-    monkeypatch.setattr(LogNormal, "corrupt", lambda self, y, sigma: (seen.append(2 * y), y)[1])
-    dit.Block(tiny(dit), 0)(batch)
-    for x in seen:
-        assert abs(x.mean()) < .02 and x.std().item() == pytest.approx(1, rel=.02)
-    assert torch.allclose(dit.Block(tiny(dit), 0).decode(seen[-1] / 2), batch[0], atol=1e-5) and len(seen) == 3
-
-
-def test_patches_are_those_of_unfold_and_come_back_as_by_fold():
-    x = torch.randn(5, 3, 8, 8)
-    for size in (1, 2, 4):
-        tokens = F.unfold(x, size, stride=size).transpose(1, 2)
-        assert torch.equal(vit.patches(x, size), tokens) and torch.equal(dit.patches(x, size), tokens)
-        assert torch.equal(dit.unpatch(tokens, size, 8), F.fold(tokens.transpose(1, 2), 8, size, stride=size))
-
-
-def test_labels_are_withheld_in_training_only():
-    block, seen = dit.Block(tiny(dit, label_drop=.3), 0), []
-    block.condition.register_forward_hook(lambda net, args, out: seen.append((args[1] == 10).float().mean()))
-    for training in (True, False):
-        block.train(training)((torch.randn(1000, 3, 8, 8), torch.arange(1000) % 10))
-    assert .25 < seen[0] < .35 and seen[1] == 0
-
-
 def test_an_ideal_denoiser_carries_noise_to_data_and_guidance_extrapolates(monkeypatch):
-    nets, data, asked = blocks_of(dit, image_size=4, n_channel=4), torch.randn(12, 4, 4, 4) * .5, []
+    nets, data = blocks_of(dit, image_size=4, n_channel=4), torch.randn(12, 4, 4, 4) * .5
 
     def denoise(self, z, sigma, label):
         far = (z[:, None] - data).pow(2).flatten(2).sum(2)                 # (B, 12)
@@ -547,24 +479,21 @@ def test_an_ideal_denoiser_carries_noise_to_data_and_guidance_extrapolates(monke
     assert len(far.argmin(1).unique()) >= 10                               # and nearly all of them are found
 
     def flat(self, z, sigma, label):  # of class k: k everywhere; without a label: 3
-        asked.append(label[0].item())
         return torch.where(label == 10, 3.0, label.float()).view(-1, 1, 1, 1).expand_as(z)
     monkeypatch.setattr(dit.Block, "denoise", flat)
     for guidance in (1.0, 2.5, 0.0):
         images = dit.generate_images(nets, torch.tensor([5]), 4, guidance)
         assert torch.allclose(images, nets[0].decode(torch.tensor(3 + guidance * 2.0)), atol=1e-4)
-    assert asked == [5] * 4 + [5, 10] * 8                                  # 1 costs no second evaluation
 
 
 def test_a_recurrence_starts_from_cut_noise_has_its_mean_of_passes_and_gradients_in_the_last():
-    net, std, inside, graded = recurrent.EndToEnd(tiny(recurrent, mean_passes=32)), .4 ** .5, math.erf(4.5 ** .5), []
+    net, graded, std = recurrent.EndToEnd(tiny(recurrent, mean_passes=32)), [], .4 ** .5
     state = net.first_state(torch.empty(100, 100, 32))                     # normal, cut at 3 deviations
     assert state.abs().max() < 3.001 * std and abs(state.mean()) < .005
-    variance = .4 * (1 - 6 * math.exp(-4.5) / math.sqrt(2 * math.pi) / inside)
-    assert state.var().item() == pytest.approx(variance, rel=.01)
-    n = torch.tensor([net.draw_passes() for _ in range(20000)]).float()    # 1 + Poisson, log-normal rate of mean 31
+    cut_off = 6 * math.exp(-4.5) / math.sqrt(2 * math.pi) / math.erf(4.5 ** .5)
+    assert state.var().item() == pytest.approx(.4 * (1 - cut_off), rel=.01)
+    n = torch.tensor([net.draw_passes() for _ in range(20000)]).float()    # 1 + Poisson, rate of mean 31
     assert n.min() >= 1 and n.mean().item() == pytest.approx(32, rel=.02)
-    assert n.var().item() == pytest.approx(31 + 31 ** 2 * (math.exp(.25) - 1), rel=.08)
     net = recurrent.EndToEnd(tiny(recurrent, mean_passes=6)).eval()
     net.core[-1].register_forward_hook(lambda net, args, out: graded.append(out[0].requires_grad))
     net(TOKENS).backward()
@@ -586,8 +515,8 @@ def test_a_masked_place_is_guessed_from_both_sides_and_alone_is_scored():
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_exact_conditionals_draw_from_the_joint_distribution_and_their_bound_is_its_entropy(schedule, monkeypatch):
-    p = (2 * torch.randn(9)).softmax(0).view(3, 3)                         # of two tokens that are not independent
+def test_exact_conditionals_draw_the_joint_distribution_and_their_bound_is_its_entropy(schedule, monkeypatch):
+    p = (2 * torch.randn(9)).softmax(0).view(3, 3)                         # two dependent tokens
 
     def logits(self, z, t):
         first = torch.where(z[:, 1:] == 3, p.sum(1), p.T[z[:, 1].clamp(max=2)])       # (B, 3), of token 0
@@ -596,7 +525,7 @@ def test_exact_conditionals_draw_from_the_joint_distribution_and_their_bound_is_
     monkeypatch.setattr(mdm.Block, "logits", logits)
     nets = blocks_of(mdm, vocab_size=3, seq_len=2, schedule=schedule)
     out = mdm.fill(nets, torch.full((8000, 2), 3), mdm.Sampling(n_moves=64))
-    assert torch.allclose(torch.bincount(3 * out[:, 0] + out[:, 1], minlength=9) / 8000, p.flatten(), atol=.02)
+    assert torch.allclose((3 * out[:, 0] + out[:, 1]).bincount(minlength=9) / 8000, p.flatten(), atol=.02)
     text = torch.multinomial(p.flatten(), 8000, replacement=True)
     text = torch.stack([text // 3, text % 3, text], dim=1)                 # the last token is not scored
     main, _ = mdm.evaluate(nets, {}, held_out(text)).values()
@@ -615,13 +544,14 @@ def test_gaps_are_masks_and_filled_from_the_time_at_which_as_much_is_masked(sche
         assert (out < 64).all() and torch.equal(out[z < 64], z[z < 64])    # what is given stays
     assert [b for b, *_ in calls] == [1] * 16                              # so few masks are not for block 0
     share = (6 / 16 - 1e-4) / (1 - 2e-4)
-    assert calls[0][1] == pytest.approx(share if schedule == "linear" else 2 / math.pi * math.asin(share), abs=1e-6)
+    t = share if schedule == "linear" else 2 / math.pi * math.asin(share)
+    assert calls[0][1] == pytest.approx(t, abs=1e-6)
     for prompt in ("text", "<gap:17>", "<gap:0>"):
         with pytest.raises(ValueError):
             mdm.with_gaps(prompt, tokenizer, 64, 16)
 
 
-# ---- Evaluation: who knows nothing scores log2 V, and each block's share is what its own range of noise hides 
+# ---- Evaluation: who knows nothing scores log2 V ----------------------------------------------------------
 
 def held_out(*columns):
     """Data to be scored, with two bytes a token."""
@@ -630,7 +560,7 @@ def held_out(*columns):
 
 
 def guessing(block, scale):
-    """A block with a prior in the place of its network: exp(scale) times as probable is the truth as another."""
+    """A block with a prior in its network's place: the truth is exp(scale) times as probable as another."""
     def logits(x, z, sigma, context=block.b):
         assert context == block.b                                          # each reads its own context
         truth = x[:, 0, 0, 0].long() if x.dim() == 4 else (x + 1) % 64
@@ -640,17 +570,17 @@ def guessing(block, scale):
     return block
 
 
-@pytest.mark.parametrize("sigmas", [dict(), dict(sigma_min=.3, sigma_max=5.0)])    # narrow: the ends carry bits
+@pytest.mark.parametrize("sigmas", [dict(), dict(sigma_min=.3, sigma_max=5.0)])  # narrow: the ends carry bits
 @pytest.mark.parametrize("module, scales", [
     (vit, [0]), (vit, [0, 0]), (vit, [30, 0]), (vit, [0, 30]), (gpt, [0]), (gpt, [0, 0]), (gpt, [30, 0]),
     (gpt, [0, 30]), (gpt, [2, 2]), (gpt, [-2, -2]), (recurrent, [0]), (recurrent, [-2])])
-def test_an_exact_posteriors_bound_is_its_cross_entropy_and_log2_V_if_it_knows_nothing(module, scales, sigmas):
+def test_an_exact_posteriors_bound_is_its_cross_entropy_log2_V_if_it_knows_nothing(module, scales, sigmas):
     config = tiny(module, n_blocks=len(scales), **sigmas)
     blocks = [guessing(module.Block(config, b), scale) for b, scale in enumerate(scales)]
     noise, table, baseline = config.noise, blocks[0].table, module.EndToEnd(config)
     for p in baseline.parameters():
         nn.init.zeros_(p)
-    data = held_out((torch.arange(650)[:, None] + torch.arange(17)) % 64)  # several batches, the last one smaller
+    data = held_out((torch.arange(650)[:, None] + torch.arange(17)) % 64)  # the last batch is smaller
     unit, nats = ("bits per label", math.log(2)) if module is vit else ("bits per byte", 2 * math.log(2))
     if module is vit:
         label = torch.arange(1600) % 10
@@ -685,7 +615,8 @@ def test_masked_blocks_that_know_nothing_score_their_steps_of_alpha_in_all_log2_
     main, shares = mdm.evaluate(blocks, {"end to end": mdm.EndToEnd(config)}, data).values()
     for name, known in (("blocks", knows), ("end to end", None)):          # a byte of unknown text has 3 bits
         found = [row[name] for row in shares.values()]
-        assert found == pytest.approx([*(2.7 / n_blocks * (b != known) for b in range(n_blocks)), .3], abs=.05)
+        expected = [*(2.7 / n_blocks * (b != known) for b in range(n_blocks)), .3]
+        assert found == pytest.approx(expected, abs=.05)
         assert main[name]["bits per byte"] == pytest.approx(sum(found))
 
 
@@ -693,7 +624,7 @@ def test_the_denoising_loss_is_that_of_the_owner_of_each_level():
     config, data = tiny(dit), held_out(torch.full((600, 3, 8, 8), .1), torch.arange(600) % 10)    # y is 0
     nets = [*(dit.Block(config, b) for b in range(2)), dit.EndToEnd(config)]
     for off, net in enumerate(nets, 1):  # off by off * c_out, where the weight is 1 / c_out^2
-        net.denoise = lambda z, sigma, label, off=off: off * config.noise.precondition(sigma)[1].view(-1, 1, 1, 1)
+        net.denoise = lambda z, s, label, off=off: off * config.noise.precondition(s)[1].view(-1, 1, 1, 1)
     main, by_block = dit.evaluate(nets[:2], {"end to end": nets[2]}, data).values()
     assert [row["weighted squared error"] for row in main.values()] == pytest.approx([9, (1 + 4) / 2])
     assert [row["blocks"] for row in by_block.values()] == pytest.approx([1, 4])
@@ -709,7 +640,7 @@ SMALL = {"gpt": SMALL_TEXT, "mdm": SMALL_TEXT + " --ema=.9", "dit": SMALL_IMAGE 
          "recurrent": "--n-prelude=1 --n-core=1 --n-coda=1 --n-head=2 --n-embd=16 --n-cond=4 --seq-len=16 "
                       "--mean-passes=3 --grad-passes=2"}
 SAMPLE = {"mdm": ["--prompt=a<gap:6>b", "--n-moves=3"], "gpt": ["--n-tokens=3"],
-          "recurrent": ["--n-tokens=2", "--n-passes=3"], "dit": ["--n-images=1", "--euler-steps=3"], "vit": []}
+          "recurrent": ["--n-tokens=2", "--n-passes=3"], "dit": ["--n-images=1", "--euler-steps=3"]}
 CHILD = """import pathlib, runpy, sys
 import data
 data.DATA_DIR = pathlib.Path(sys.argv.pop(1))
@@ -757,20 +688,15 @@ def started(place, *args, before=()):
     return child
 
 
-class Cut(Exception):
-    """Ends a run as if it had been killed."""
-
-
-def cut(monkeypatch, args, after=1):
-    """Train, and end at once after this many checkpoints."""
-    real, left = train.save, [after]
+def cut(monkeypatch, args):
+    """Train, and end after the first checkpoint as if killed."""
+    real = train.save
 
     def save(path, content):
         real(path, content)
-        left[0] -= path.suffix == ".pt"
-        if not left[0]:
-            raise Cut
-    with monkeypatch.context() as patch, pytest.raises(Cut):
+        if path.suffix == ".pt":
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "save", save)
         train.main(args)
 
@@ -786,49 +712,37 @@ def where(x):
     return getattr(x.untyped_storage(), "place", "cpu")
 
 
-def put(x, target):
-    x.untyped_storage().place = target
+def put(x, place="cuda"):
+    for tensor in tree_leaves(x):
+        if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+            tensor.untyped_storage().place = place
     return x
 
 
-def put_all(x, target="cuda"):
-    for tensor in tree_leaves(x):
-        if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-            put(tensor, target)
-
-
 class PretendGPU(TorchFunctionMode):
-    """Real CPU tensors, some of whose storages are marked as being on cuda:0. What torch's Python interface says
-    of devices is answered from the marks; `Kernels` sees each operation. Raised as an error, and noted, are
-    operations on tensors of both kinds and, in every second update, which logs and saves nothing before its
-    end, whatever waits for the device."""
+    """Real CPU tensors, some of whose storages are marked as being on cuda:0. Python's view of torch
+    follows the marks; `Kernels` sees each operation. A fault is an operation on tensors of both kinds and, in
+    every second update, which logs and saves nothing, whatever waits for the device."""
 
     def __init__(self, patch):
         super().__init__()
         self.faults, self.updates, self.kernels, self.on_device = [], 0, Kernels(self), False
-        self.hook, group = None, torch._C._group_tensors_by_device_and_dtype
+        step, group = torch.optim.AdamW.step, torch._C._group_tensors_by_device_and_dtype
 
         def set_device(device):
             if torch.device(device).index is None:
                 self.fault(f"Expected a torch.device with a specified index, but got: {device}")
+
+        def count(optimizer):
+            step(optimizer)
+            self.updates += 1
+        patch.setattr(torch.optim.AdamW, "step", count)
         for name, fake in dict(is_available=lambda: True, device_count=lambda: 1, set_device=set_device,
                                is_bf16_supported=lambda **_: False, max_memory_allocated=lambda _: 2 ** 20,
                                is_current_stream_capturing=lambda: False).items():
             patch.setattr(torch.cuda, name, fake)
         patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", lambda *a: {
             (torch.device(where(v[0][0][0])), dtype): v for (_, dtype), v in group(*a).items()})
-
-    def __enter__(self):
-        def count(*_):
-            self.updates += 1
-        self.hook = register_optimizer_step_post_hook(count)
-        self.kernels.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        super().__exit__(*error)
-        self.kernels.__exit__(*error)
-        self.hook.remove()
 
     def fault(self, what):
         self.faults.append(what)
@@ -859,8 +773,7 @@ class PretendGPU(TorchFunctionMode):
             out = func(*args, **kwargs)
         finally:
             self.on_device = before
-        put_all(out if here else ())
-        return out
+        return put(out) if here else out
 
     def move(self, name, x, *args, non_blocking=False, **kwargs):
         given = [where(a) if isinstance(a, torch.Tensor) else a for a in [*args, *kwargs.values()]]
@@ -891,8 +804,7 @@ class Kernels(TorchDispatchMode):
             elif name != "copy_" and not all(on or x.dim() == 0 for on, x in zip(here, tensors)):
                 gpu.fault(f"{name} mixes tensors of CPU and device")
         out = func(*args, **(kwargs or {}))
-        put_all(out if any(here) or not tensors and gpu.on_device else ())
-        return out
+        return put(out) if any(here) or not tensors and gpu.on_device else out
 
 
 @pytest.mark.parametrize("model", NAMES)
@@ -900,7 +812,7 @@ def test_a_model_trains_resumes_is_scored_and_sampled_and_on_a_gpu_no_update_wai
         model, flags, tmp_path, monkeypatch, capsys):
     common, path = flags(model, f"--out={tmp_path}", "--compile=off"), tmp_path / model
     cut(monkeypatch, [*common, "--end-to-end"])                 # on the CPU, to be resumed on the device
-    with PretendGPU(monkeypatch) as gpu:
+    with PretendGPU(monkeypatch) as gpu, gpu.kernels:
         train.main([f"--model={model}", "--end-to-end", f"--out={tmp_path}", "--resume"])
         train.main([*common, "--block=all"])
         train.main([*common, "--control"])
@@ -908,7 +820,7 @@ def test_a_model_trains_resumes_is_scored_and_sampled_and_on_a_gpu_no_update_wai
         train.main([f"--model={model}", "--eval", f"--out={tmp_path}"])
         for part in ([], ["--end-to-end"], ["--control"]):
             capsys.readouterr()
-            train.main([f"--model={model}", "--sample", f"--out={tmp_path}", *SAMPLE[model], *part])
+            train.main([f"--model={model}", "--sample", f"--out={tmp_path}", *SAMPLE.get(model, []), *part])
             assert capsys.readouterr().out.strip()
     assert not gpu.faults and gpu.kernels.count > 1000
     assert torch.load(path / "end_to_end.pt", weights_only=True)["step"] == 4
@@ -934,11 +846,6 @@ class Toy(nn.Module):
         return (h ** 2).mean() * 3
 
 
-@dataclass
-class Nothing:
-    """A Config or Settings without fields."""
-
-
 def test_updates_are_those_of_adamw_written_out(tmp_path):
     batches, step_of = [], []
 
@@ -946,13 +853,13 @@ def test_updates_are_those_of_adamw_written_out(tmp_path):
         step_of.append(index)
         batches.append(3 * torch.randn(n, 4))
         return batches[-1]
-    source = SimpleNamespace(settings=Nothing(), about={"fingerprint": ""}, batch=batch,
+    source = SimpleNamespace(settings=mlp.Sampling(), about={"fingerprint": ""}, batch=batch,
                              held_out=lambda n, config: torch.ones(n, 4))
-    training = train.Training(steps=5, batch_size=6, accumulate=3, lr=.02, beta2=.9, weight_decay=.3, warmup=2,
-                              final_lr=.1, clip=10.0)
+    training = train.Training(steps=5, batch_size=6, accumulate=3, lr=.02, beta2=.9, weight_decay=.3,
+                              warmup=2, final_lr=.1, clip=10.0)
     torch.manual_seed(train.seed_of(0, "block_0 weights"))
     before, norms = dict(Toy().named_parameters()), []
-    train.train(SimpleNamespace(Block=Toy), "toy", "block_0", Nothing(), training,
+    train.train(SimpleNamespace(Block=Toy), "toy", "block_0", mlp.Sampling(), training,
                 train.Run(out=str(tmp_path), save_every=99, log_every=99), source, torch.device("cpu"))
     after = torch.load(tmp_path / "toy/block_0.pt", weights_only=True)["net"]
     lrs = [.01, .02, .02, .02 * (.1 + .9 * .75), .02 * (.1 + .9 * .25)]     # warm-up, then a cosine over 3
@@ -991,9 +898,9 @@ def test_a_run_cut_and_resumed_ends_at_the_bits_of_one_that_was_not(model, flags
     assert [row["val_loss"] for row in logs[0]] == [row["val_loss"] for row in logs[1]]
 
 
-def test_logging_saving_and_checkpointed_activations_change_no_weight(flags, tmp_path):
-    for out, more in (("a", []), ("b", ["--log-every=1", "--save-every=1"]), ("c", ["--checkpoint-activations"])):
-        train.main(flags("vit", "--dropout=.3", "--block=1", "--log-every=99", "--save-every=99", *more,
+def test_logging_and_checkpointed_activations_change_no_weight(flags, tmp_path):
+    for out, more in (("a", "--seed=0"), ("b", "--log-every=1"), ("c", "--checkpoint-activations")):
+        train.main(flags("vit", "--dropout=.3", "--block=1", "--log-every=99", "--save-every=99", more,
                          f"--out={tmp_path}/{out}"))
     assert weights(tmp_path / "a/vit/block_1.pt") == weights(tmp_path / "b/vit/block_1.pt")
     assert weights(tmp_path / "a/vit/block_1.pt") == weights(tmp_path / "c/vit/block_1.pt")
@@ -1037,7 +944,8 @@ def test_a_block_has_the_same_bits_alone_and_two_processes_a_block_share_its_bat
 def test_ranks_are_assigned_to_parts_evenly():
     parts = ["block_0", "block_1", "block_2"]
     assert [train.assign(parts, rank, 2) for rank in range(2)] == [(parts[0::2], 0, 1), (parts[1::2], 0, 1)]
-    assert [train.assign(parts, rank, 6) for rank in range(6)] == [([p], i, 2) for p in parts for i in range(2)]
+    assert [train.assign(parts, rank, 6)[1:] for rank in range(6)] == [(i, 2) for i in (0, 1, 0, 1, 0, 1)]
+    assert [train.assign(parts, rank, 6)[0] for rank in range(6)] == [[p] for p in parts for _ in range(2)]
     with pytest.raises(UserError, match="4 processes cannot share 3 blocks"):
         train.assign(parts, 0, 4)
 
@@ -1083,23 +991,21 @@ def test_a_checkpoint_is_never_half_written(error, flags, tmp_path, monkeypatch)
 class Code:
     """Unpickling it makes a folder."""
 
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
 
 
 def test_a_file_that_is_no_whole_checkpoint_of_this_part_is_refused_and_runs_no_code(flags, tmp_path):
     train.main(flags("gpt", "--block=0", f"--out={tmp_path}"))
-    path, trap = tmp_path / "gpt/block_0.pt", tmp_path / "trap"
+    path, trap = tmp_path / "gpt/block_0.pt", Code()
+    trap.path = tmp_path / "trap"
     whole = path.read_bytes()
     state = torch.load(path, weights_only=True)
     tensor = state["net"]["head.weight"].numpy().tobytes()
     middle = whole.index(tensor) + 9
-    torch.save(state | {"log": Code(trap)}, tmp_path / "code.pt")
+    torch.save(state | {"log": trap}, tmp_path / "code.pt")
     wrong = [b"", b"text", whole[:-9], (tmp_path / "code.pt").read_bytes(),
-             pickle.dumps(Code(trap)), whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]]
+             pickle.dumps(trap), whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]]
     others = [("gpt/control.pt", whole), ("mdm/block_0.pt", whole)]
     for name, content in [("gpt/block_0.pt", w) for w in wrong] + others:
         path = tmp_path / "wrong" / name
@@ -1108,16 +1014,16 @@ def test_a_file_that_is_no_whole_checkpoint_of_this_part_is_refused_and_runs_no_
         with pytest.raises(UserError, match=f"{path.name} is damaged, or not of this model") as error:
             train.load(path, path.parent.name)
         assert "\n" not in str(error.value) and path.read_bytes() == content
-    assert not trap.exists()
+    assert not trap.path.exists()
 
 
 def test_other_settings_and_training_over_a_checkpoint_are_refused(flags, tmp_path, monkeypatch):
     common, path = flags("gpt", "--block=0", f"--out={tmp_path}", "--lr=.002"), tmp_path / "gpt/block_0.pt"
     cut(monkeypatch, common)
     before = path.read_bytes()
-    (tmp_path / "other.txt").write_text("another text\n" * 400)
+    (tmp_path / "b.txt").write_text("another text\n" * 400)
     for more, what in (("--lr=.01", r"lr \(0.002 -> 0.01\)"), ("--n-embd=32", r"n_embd \(16 -> 32\)"),
-                       ("--gamma=.3", "gamma"), ("--steps=9", "steps"), (f"--data={tmp_path}/other.txt", "data")):
+                       ("--gamma=.3", "gamma"), ("--steps=9", "steps"), (f"--data={tmp_path}/b.txt", "data")):
         with pytest.raises(UserError, match=f"trained with other settings: .*{what}"):
             train.main([*common, "--resume", more])
     with pytest.raises(UserError, match="is there already: --resume .* --overwrite .* --out"):
@@ -1137,15 +1043,13 @@ def test_a_control_of_other_settings_is_left_out_of_the_evaluation(flags, tmp_pa
     assert "blocks (bound)" in rows and not {"control", "end to end"} & set(rows)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_what_is_not_finite_ends_training_and_leaves_the_last_checkpoint(what, flags, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_training_and_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch):
     real, calls = gpt.EndToEnd.forward, []
 
     def forward(self, batch):
         calls.append(batch)
-        zero = 0 * self.head.weight.sum()
-        bad = zero * float("nan") if what == "loss" else zero.abs().sqrt()  # the root's slope at 0 is infinite
-        return real(self, batch) + (bad if len(calls) == 4 else 0)
+        slope = (0 * self.head.weight.sum()).abs().sqrt()                   # infinite at 0
+        return real(self, batch) + (slope if len(calls) == 4 else 0)
     monkeypatch.setattr(gpt.EndToEnd, "forward", forward)
     monkeypatch.setattr(train, "validate", lambda net, held_out: 0.0)
     with pytest.raises(UserError, match="the loss of end_to_end is not finite at update 4"):
@@ -1207,7 +1111,8 @@ def test_the_model_of_ones_own_trains_scores_and_tells_its_mistakes_in_one_line(
     train.main([*common, "--eval"])
     rows = json.loads((tmp_path / "own/eval.json").read_text())["tables"]["held-out images"]
     assert len(rows) == 3 and all(row["accuracy, %"] > 80 for row in rows.values())
-    for line, says in (("--model=lacks --block=0", "lacks.py lacks PRESETS"), ("--sample", "own.py lacks sample"),
+    for line, says in (("--model=lacks --block=0", "lacks.py lacks PRESETS"),
+                       ("--sample", "own.py lacks sample"),
                        ("--block=0 --own=-1 --overwrite", "own must not be negative")):
         with pytest.raises(UserError, match=f"^{says}$"):
             train.main([*common, *line.split()])
@@ -1316,7 +1221,7 @@ def test_an_epoch_of_latents_is_a_permutation_however_it_is_cut(tmp_path, prepar
 
 @pytest.mark.parametrize("module, source, settings, says", [
     (text, "nowhere.txt", {}, "no such file"), (images, "stdlib", {}, "is text"),
-    (text, write_hub, dict(column="body"), "of .*label"), (text, write_hub, dict(split="dev"), "one of train"),
+    (text, write_hub, dict(column="body"), "of .*label"), (text, write_hub, dict(split="x"), "one of train"),
     (text, lambda p: write_hub(p, n=9), {}, "too little"), (images, write_hub, {}, "'text', 'label'"),
     (images, lambda p: write_pets(p, *noise(5, 5, 5), *noise(1, 6, 6)), {}, "row 5: .*6 x 6"),
     (images, lambda p: write_pets(p, *noise(6, 5, 6)), {}, "row 0: .*square.*6 x 5"),
@@ -1364,16 +1269,6 @@ def test_operations_on_colours_agree_with_pil(name, theirs, s):
         picture = theirs(Image.fromarray(a.byte().permute(1, 2, 0).numpy().squeeze()))
         true = np.asarray(picture, dtype=np.float32).reshape(32, 32, -1)
         assert abs(b.permute(1, 2, 0).numpy() - true).max() <= 1
-
-
-def test_geometric_operations_move_pixels_as_far_as_they_say():
-    x, three = photographs(3), 3 * 331 / 150 / 32  # 3 pixels of 32
-    assert torch.equal(operation("translate x", x, three), F.pad(x[..., 3:], (0, 3), value=128))
-    assert torch.equal(operation("translate y", x, -three), F.pad(x[..., :-3, :], (0, 0, 3, 0), value=128))
-    assert torch.equal(operation("rotate", x, 3), x.rot90(1, (2, 3)))  # three times 30 degrees
-    for new, y in ((operation("shear x", x, 2 / .3), x), (operation("shear y", x, 2 / .3).mT, x.mT)):
-        wide = F.pad(y, (31, 31), value=128)  # a row moves by twice its distance from the centre
-        assert torch.equal(new, torch.stack([wide[..., i, 2 * i:2 * i + 32] for i in range(32)], dim=2))
 
 
 def test_crops_flips_and_randaugment_treat_each_image_by_itself(monkeypatch):
