@@ -389,6 +389,8 @@ def test_what_is_scored_or_sampled_is_without_dropout(tmp_path, monkeypatch):
         train.main([*flags, act])
     net = vit.EndToEnd(tiny(vit, dropout=.1))
     assert math.isfinite(train.validate(net, BATCH[vit])) and net.training
+    net = randomised(dit.Block(tiny(dit, label_drop=1.0), 0))               # nor is a label withheld
+    assert train.validate(net, (IMAGES, LABELS)) != train.validate(net, (IMAGES, (LABELS + 1) % 10))
     assert len(seen) > 20 and not any(seen)
 
 
@@ -879,6 +881,8 @@ def test_a_run_cut_and_resumed_ends_at_the_bits_of_one_that_was_not(model, flags
              for line in path.with_suffix(".jsonl").read_text().splitlines()] for path in (whole, again)]
     assert [row["step"] for row in logs[0]] == [2, 4, 5]
     assert [row["val_loss"] for row in logs[0]] == [row["val_loss"] for row in logs[1]]
+    net, state = train.trained(importlib.import_module(model), model, "block_0", tmp_path / "cut", "cpu")
+    assert all(torch.equal(p, (state["average"] or state["net"])[k]) for k, p in net.state_dict().items())
 
 
 def test_logging_and_checkpointed_activations_change_no_weight(flags, tmp_path):

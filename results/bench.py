@@ -7,7 +7,6 @@
 the forward pass of one piece of the batch saves for the backward pass. The peak is the most that is allocated
 at once, with weights, moments and running mean. "Checkpointed": only each layer's input is kept.
 --time: median and quartiles of rounds, in each of which baseline, control and all blocks have their turn."""
-import argparse
 import gc
 import itertools
 import statistics
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 
 import torch
 
-from common import about, begin, interleaved, learner, run, train, write
+from common import Parser, UserError, about, begin, interleaved, learner, run, train, write
 
 
 # ---- Memory -----------------------------------------------------------------------------------------------
@@ -89,7 +88,7 @@ def memory_tables(setup):
 def sampling_step(model, net, n=16):
     """A function that evaluates a network once for n examples, as a step of its sampler does; in gpt and
     recurrent for the last token of a window, the rest of which is cached. None where there is no such step:
-    recurrent's baseline has no cache."""
+    recurrent's baseline has no cache, and of a model of one's own nothing is known."""
     if model not in ("vit", "dit", "gpt", "mdm", "recurrent"):
         return None
     c, device, block = net.config, next(net.parameters()).device, hasattr(net, "table")
@@ -124,8 +123,9 @@ def time_tables(setup, rounds):
         steps = {name: sampling_step(setup.model, net.eval()) for name, (net, *_) in parts.items()}
         steps = {name: lambda _, step=step: step() for name, step in steps.items() if step}
         steps = interleaved(steps, setup.device, rounds)
-    tables = {f"one update of {setup.training.batch_size}": updates,
-              "one step of sampling, 16 at once": steps}
+    tables = {f"one update of {setup.training.batch_size}": updates}
+    if steps:
+        tables["one step of sampling, 16 at once"] = steps
     for title, times in tables.items():
         rows = tables[title] = {}
         for name, ms in times.items():
@@ -138,13 +138,13 @@ def time_tables(setup, rounds):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
+    parser = Parser(__doc__)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--time", action="store_true")
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=20, help="of --time (default: 20)")
     own, rest = parser.parse_known_args(argv)
-    if not (own.memory or own.time):
-        parser.error("--memory, --time or both?")
+    if not (own.memory or own.time) or own.rounds < 2:
+        raise UserError("say --memory, --time or both; --rounds has to be at least 2")
     setup = begin([*rest, "--end-to-end", "--overwrite"])  # nothing is trained, nothing overwritten
     report = about("bench", argv) | {"model": setup.model, "config": train.flat(setup.config),
                                      "training": train.flat(setup.training), "data": setup.data.about}

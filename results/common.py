@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -21,6 +22,17 @@ sys.path.insert(0, str(HERE.parent))
 import train
 from data import UserError
 from diffusion_blocks import seed_of
+
+
+class Parser(argparse.ArgumentParser):
+    """Of a script's own flags: --help prints the script's docstring, a mistake is told in one line."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UserError(message)
 
 
 def begin(argv):
@@ -88,10 +100,11 @@ def about(script, argv):
                          cwd=HERE, capture_output=True, text=True).stdout.splitlines() or [""]
     info = Path("/proc/cpuinfo")
     cpu = re.findall("model name\\s*: (.*)", info.read_text() if info.exists() else "") or ["a CPU"]
-    return {"command": " ".join(["python", f"results/{script}.py", *argv]), "commit": git[0],
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {"command": shlex.join(["python", f"results/{script}.py", *argv]), "commit": git[0],
             "changed": len(git) > 1, "date": date.today().isoformat(), "torch": str(torch.__version__),
-            "python": sys.version.split()[0], "threads": torch.get_num_threads(), "machine":
-            torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores of {cpu[0]}"}
+            "python": sys.version.split()[0], "threads": torch.get_num_threads(),
+            "machine": gpu or f"{os.cpu_count()} cores of {cpu[0]}"}
 
 
 def write(path, report):

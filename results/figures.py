@@ -1,7 +1,6 @@
 """Draw the pictures of README.md and results/README.md from the logs: python results/figures.py
 
-It needs matplotlib, which the program does not. The pictures go to results/images/ and have a light
-background, so that they look the same on dark pages."""
+It needs matplotlib, which the program does not. Pictures in results/images/ look the same on dark pages."""
 import json
 import sys
 from pathlib import Path
@@ -105,7 +104,6 @@ def dit_grid():
 
 
 if __name__ == "__main__":
-    (HERE / "images").mkdir(exist_ok=True)
     for draw in (edges, loss, dit_grid):
         draw()
         print(f"drew {draw.__name__}")

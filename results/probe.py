@@ -1,23 +1,26 @@
 """What an evaluation does beyond the main figures, of the blocks, baseline and control in OUT:
 
-    python results/probe.py --model gpt --out out     # writes results/probe/gpt.json; of seed S: gpt_seedS.json
+    python results/probe.py --model gpt --out out     # writes OUT/gpt/probe.json
 
+figures.py and table.py read a copy in results/probe: gpt.json, and of seed S gpt_seedS.json. Minutes on a CPU
+core: 5 to 20. "steps" needs a judge in OUT: for dit the end-to-end vit.py, for mdm the end-to-end gpt.py.
 curve: the loss of every block at every noise level, also where it was not trained; beside it the exact
 posterior from z alone, without a network, baseline and control. "z = 0": the block without a noisy target.
 steps, of seed 0 only: what the sampler makes of another number of levels, and without a block (the chain
 skips its levels); generated text or images. The bound of the sampler is that of the ancestral one which
 visits these levels, on -log p(y | x), with both of its ends."""
 import math
+from unittest.mock import patch
 
 import torch
 
-from common import HERE, about, begin, load, run, train, write  # first: it puts the models on the path
+from common import Parser, UserError, about, begin, load, run, write  # first: it puts the models on the path
 
 import dit
-import gpt
 import mdm
+import recurrent
 from diffusion_blocks import bayes_logits, bound_ends, cross_entropy, decode_labels
-from frechet import batched, frechet_distance, our_vit
+from frechet import batched, frechet_distance, judge_of
 
 LEVELS = (1, 2, 3, 4, 5, 8, 16, 32, 64)  # of a chain; with one level it is block 0 alone
 
@@ -44,14 +47,21 @@ def denoiser(model, blocks, x, target):
         return lambda b, z, sigma: blocks[b].logits(x, z, sigma, contexts[b])
     block, (e, _) = blocks[0], blocks[0].condition(x)
 
-    def slot(i, z, sigma, seen):  # one at a time: as in generation, those before it hold true, noisy tokens
-        past = [(k[:, :, :i], v[:, :, :i]) for k, v in seen]
-        return block.logits(e[:, i:i + 1], z[:, i:i + 1], sigma, i, past)[0]
-
-    def logits(b, z, sigma):
+    def logits(b, z, sigma):  # as in generation, the slots before each hold true, noisy tokens
         _, seen = block.logits(e, block.noise.corrupt(block.table[target], sigma), sigma)
-        return torch.cat([slot(i, z, sigma, seen) for i in range(e.shape[1])], dim=1)
+        with patch.object(recurrent, "run", run_beside):
+            return block.logits(e, z, sigma, past=seen)[0]
     return logits
+
+
+def run_beside(layers, h, start, past, cond):
+    """`recurrent.run` of slots h (B, T, C) which see themselves and, of the T slots of the past, those before
+    them: every slot as if it were the open one, all at once."""
+    mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device)
+    mask = torch.cat([mask.tril(-1), torch.eye(h.shape[1], device=h.device).bool()], dim=1)  # (T, 2T)
+    for layer, kv in zip(layers, past):
+        h, _ = layer(h, 0, kv, mask, cond)                                   # (B, T, C)
+    return h, []
 
 
 def plain_logits(net, x, *how):
@@ -165,7 +175,8 @@ def score_text(judge, tokens, start, data):
     pairs = torch.stack([new[:, :-1], new[:, 1:]], dim=-1).flatten(0, 1)     # (N * (length - 1), 2)
     p = torch.bincount(new.flatten().cpu()).double() / new.numel()
     bits = cross_entropy(logits, new).mean().item() / math.log(2)
-    return {"judge, bits per byte": bits / data.bytes_per_token, "distinct-2": len(pairs.unique(dim=0)) / len(pairs),
+    return {"judge, bits per byte": bits / data.bytes_per_token,
+            "distinct-2": len(pairs.unique(dim=0)) / len(pairs),
             "unigram entropy, bits": torch.special.entr(p).sum().item() / math.log(2)}
 
 
@@ -210,8 +221,7 @@ def mdm_curve(setup, blocks, baseline, control):
 
 def mdm_steps(setup, blocks, baseline, control):
     """Text made from masks alone, over the number of moves, under the end-to-end gpt.py in the same OUT."""
-    judge, _ = train.trained(gpt, "gpt", "end_to_end", setup.run.out, setup.device)
-    windows = setup.data.held_out(64, setup.config)[:, :-1]
+    judge, windows = judge_of(setup), setup.data.held_out(64, setup.config)[:, :-1]
     rows = {"held-out text": score_text(judge, windows, 1, setup.data)}
     for n in (4, 8, 16, 32, 64, 128, 256):
         for name, nets in (("blocks", blocks), ("baseline", baseline)):
@@ -236,7 +246,7 @@ def dit_curve(setup, blocks, baseline, control):
 
 def dit_steps(setup, blocks, baseline, control):
     """Frechet distance on the features of our own vit, over the number of levels and without each block."""
-    judge, label = our_vit(setup), torch.arange(2000, device=setup.device) % setup.config.n_class
+    judge, label = judge_of(setup), torch.arange(2000, device=setup.device) % setup.config.n_class
     of_held_out = batched(judge.features, setup.data.held_out(0, setup.config)[0])
     noise, grid = blocks[0].noise, blocks[0].noise.steps
 
@@ -248,7 +258,7 @@ def dit_steps(setup, blocks, baseline, control):
                 "of its class, %": 100 * right}
     tables = {"levels": {n: {"blocks": score(blocks, n), "baseline": score(baseline, n)}
                          for n in (4, 6, 10, 20, 50, 100)}, "left out": {"none": score(blocks, 50)}}
-    for b in range(len(blocks)):
+    for b in range(len(blocks)) if len(blocks) > 1 else ():
         noise.steps = lambda n: without(noise, b, grid(n))
         tables["left out"][f"block {b}"] = score(blocks, 50)
     return tables
@@ -256,16 +266,22 @@ def dit_steps(setup, blocks, baseline, control):
 
 @torch.no_grad()
 def main(argv):
-    setup = begin([*argv, "--eval"])
-    nets, seed = load(setup), setup.training.seed
-    curve, steps = {"mdm": (mdm_curve, mdm_steps), "dit": (dit_curve, dit_steps)}.get(
-        setup.model, (label_curve, label_steps))
-    blocks = nets[0]
-    report = about("probe", argv) | {"intervals": [blocks[0].noise.interval(b) for b in range(len(blocks))],
+    setup = begin([*Parser(__doc__).parse_known_args(argv)[1], "--eval"])
+    known = dict.fromkeys(("vit", "gpt", "recurrent"), (label_curve, label_steps)) | {
+        "dit": (dit_curve, dit_steps), "mdm": (mdm_curve, mdm_steps)}
+    if setup.model not in known:
+        raise UserError(f"probe.py knows {', '.join(known)}, not {setup.model}")
+    nets, first_seed = load(setup), setup.training.seed == 0
+    if first_seed and setup.model in ("dit", "mdm"):
+        judge_of(setup)  # if it is missing, this is the time to say so
+    (curve, steps), noise = known[setup.model], nets[0][0].noise
+    print("curve: the loss at every noise level", flush=True)
+    report = about("probe", argv) | {"intervals": [noise.interval(b) for b in range(len(nets[0]))],
                                      "curve": curve(setup, *nets)}
-    if seed == 0:
+    if first_seed:
+        print("steps: other numbers of levels, and levels left out", flush=True)
         report["steps"] = steps(setup, *nets)
-    write(HERE / "probe" / f"{setup.model}{f'_seed{seed}' if seed else ''}.json", report)
+    write(setup.folder / "probe.json", report)
 
 
 if __name__ == "__main__":

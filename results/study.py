@@ -1,14 +1,14 @@
 """The studies of results/README.md, a command for each row:
 
-    python results/study.py                          # names all rows
-    python results/study.py dit12_uniform_444        # trains and scores one: study/dit12_uniform_444.jsonl
-    python results/study.py --checkpointing mdm      # the checkpointing baseline: checkpointing/mdm.json
-    python results/study.py --edges gpt --blocks 4   # inner ends at equal drops of the probed cross-entropy
+    python results/study.py                      # names all rows
+    python results/study.py gpt_short            # trains and scores one: OUT/study/gpt_short.jsonl
+    python results/study.py --checkpointing mdm  # the checkpointing baseline: OUT/checkpointing/mdm.json
+    python results/study.py --edges out/gpt/probe.json --blocks 4   # inner ends at equal drops of the loss
 
-A row's file holds what it rests on, the logs of training and, in its last line, the tables of its evaluation.
-Cut off, the command goes on where it was. The checkpointing baseline is the whole network with checkpointed
-activations, its batch in as many pieces as make it fit a block's memory, for the time of all blocks."""
-import argparse
+A row's file holds what it rests on, the logs of training and, in its last line, the tables of its evaluation;
+table.py reads a copy in results/study. Cut off, the command goes on where it was. Flags of train.py after a
+row outvote its own: `gpt_short --steps 20`. The checkpointing baseline is the whole network with checkpointed
+activations, in as many pieces as make it fit a block's memory, for the time of all blocks, those in OUT."""
 import importlib
 import json
 import statistics
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 import bench
 import frechet
 import probe
-from common import HERE, UserError, about, begin, interleaved, learner, run, train, write
-from diffusion_blocks import target_table
+from common import HERE, Parser, UserError, about, begin, interleaved, learner, run, train, write
+from diffusion_blocks import seed_of, target_table
 
 
 def rows():
@@ -58,8 +58,8 @@ def rows():
     row("gpt_weighted", "gpt", f"{short} --weighting edm")
     row("gpt_batch_mean", "gpt", f"{short} --weighting edm", batch_mean)
     row("gpt_learned_table", "gpt", short, learned_table)
-    if (HERE / "probe" / "gpt.json").exists():
-        row("gpt_equal_information", "gpt", f"{short} --edges {equal_information('gpt', 4)}")
+    if (probed := HERE / "probe" / "gpt.json").exists():
+        row("gpt_equal_information", "gpt", f"{short} --edges {equal_information(probed, 4)}")
     return found
 
 
@@ -98,10 +98,14 @@ def gates_1(module, out):
     module.Block = Block
 
 
-def equal_information(model, n_blocks):
-    """The value of --edges that gives every block an equal drop of the cross-entropy that a probe measured,
-    each level scored by the block that owns it."""
-    report = json.loads((HERE / "probe" / f"{model}.json").read_text())
+def equal_information(path, n_blocks):
+    """The value of --edges that gives every block an equal drop of the cross-entropy in a log of probe.py,
+    each level scored by the block that owns it. Raises UserError."""
+    if not path.exists():
+        raise UserError(f"there is no {path}; results/probe.py writes OUT/MODEL/probe.json")
+    report = json.loads(path.read_text())
+    if n_blocks < 2 or report.get("curve", {}).get("unit") not in ("bits per label", "bits per byte"):
+        raise UserError("need --blocks of at least 2 and a log of probe.py of vit, gpt or recurrent")
     sigma, spans, loss = report["curve"]["level"], report["intervals"], [0.0]
     for i, s in enumerate(sigma):
         owner = next(b for b, (lo, _) in enumerate(spans) if s > lo or b == len(spans) - 1)
@@ -134,82 +138,87 @@ def tables_of(name, model, where):
     return tables
 
 
-def run_row(name, own, argv):
+def run_row(row, own, more, argv):
     """Train a row's blocks, or what is left of that, score them, and write what was found."""
-    model, flags, variant = rows()[name]
-    out, part = Path(own.out) / name, "1" if name == "mdm_middle" else "all"
+    (model, flags, variant), part = rows()[row], "1" if row == "mdm_middle" else "all"
+    out = Path(own.out) / "study" / f"{row}{f'_seed{own.seed}' if own.seed else ''}"
     where, seed = ["--threads", str(own.threads), "--out", str(out)], ["--seed", str(own.seed)]
     if variant:
         variant(importlib.import_module(model), out)
+    command = ["--model", model, "--block", part, *flags, *seed, *where, *more]
+    train.main([*command, "--resume"])
     if model == "dit":  # the judge of its images
         train.main(["--model", "vit", "--end-to-end", *seed, *where, "--resume"])
-    command = ["--model", model, "--block", part, *flags, *seed, *where]
-    train.main([*command, "--resume"])
     state = train.load(out / model / f"block_{'01'[part == '1']}.pt", model)
     lines = [about("study", argv) | {"train": " ".join(command), "seed": own.seed} | {
         k: state[k] for k in ("config", "training", "data")}]
     for log in sorted((out / model).glob("block_*.jsonl")):
         lines += [{"part": log.stem} | json.loads(line) for line in log.read_text().splitlines()]
-    lines.append({"tables": tables_of(name, model, where)})
-    path = HERE / "study" / f"{name}{f'_seed{own.seed}' if own.seed else ''}.jsonl"
+    lines.append({"tables": tables_of(row, model, where)})
+    path = out.with_name(f"{out.name}.jsonl")
     train.save(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     print(f"saved {path}")
 
 
 def checkpointing(model, own, argv):
-    """Fit an end-to-end update with checkpointed activations into the peak of a block; train as many of them
-    as take the time of the blocks' updates, in OUT, beside the blocks that lie there, and score both."""
+    """Fit an end-to-end update with checkpointed activations into the peak of a block of those in OUT; train
+    as many of them as take the time of the blocks' updates, and score both."""
     where = ["--threads", str(own.threads), "--out", own.out]
-    setup = begin(["--model", model, "--end-to-end", *where])
-    parts = [f"block_{b}" for b in range(setup.config.noise.n_blocks)]
+    setup = begin(["--model", model, "--eval", *where])  # with the settings of the blocks
+    blocks, state = train.assemble(setup.module, model, own.out, setup.device)
+    parts = [f"block_{b}" for b in range(len(blocks))]
 
     def pieces_of(n, **changes):
         return SimpleNamespace(**vars(setup) | {"training": replace(setup.training, accumulate=n, **changes)})
 
     def peak(part, n=1, checkpointed=False):
         return bench.memory_of(pieces_of(n, compile="off"), part, checkpointed)["peak"]
-    peaks, n = {"end to end": peak("end_to_end"), "one block": max(map(peak, parts)),
-                "one block, checkpointed": max(peak(part, 1, True) for part in parts)}, 1
-    while True:
+    peaks = {"end to end": peak("end_to_end"), "one block": max(map(peak, parts)),
+             "one block, checkpointed": max(peak(part, 1, True) for part in parts)}
+    for n in (n for n in range(1, setup.training.batch_size + 1) if setup.training.batch_size % n == 0):
         least = peaks[f"end to end, checkpointed, {n} pieces"] = peak("end_to_end", n, True)
-        if least <= peaks["one block"] or n >= setup.training.batch_size:
+        if least <= peaks["one block"]:
             break
-        n *= 2
     updates = {part: learner(setup, part)[-1] for part in [*parts, "end_to_end"]}
     updates["checkpointing baseline"] = learner(pieces_of(n), "end_to_end", True)[-1]
     ms = {k: statistics.mean(v) for k, v in interleaved(updates, setup.device, rounds=20).items()}
     ms["all blocks"] = sum(ms[part] for part in parts)
     share = ms["all blocks"] / ms["checkpointing baseline"]
-    flags = ["--model", model, "--end-to-end", "--checkpoint-activations", "--accumulate", str(n),
-             "--steps", str(round(setup.training.steps * share)), *where]
+    training = pieces_of(n, steps=max(1, round(setup.training.steps * share))).training
     report = about("study", argv) | {
         "peak, bytes": peaks, "pieces": n, "fits": least <= peaks["one block"], "mean of an update, ms": ms,
-        "of the blocks' updates, %": 100 * share, "train": " ".join(flags)}
-    train.main(flags)
-    train.main(["--model", model, "--eval", *where])
-    tables = json.loads((setup.folder / "eval.json").read_text())["tables"]
-    write(HERE / "checkpointing" / f"{model}.json", report | {"tables": tables})
+        "of the blocks' updates, %": 100 * share, "config": train.flat(setup.config),
+        "training": train.flat(training), "data": setup.data.about}
+    out = Path(own.out) / "checkpointing"
+    how = replace(setup.run, out=str(out), checkpoint_activations=True)
+    train.train(setup.module, model, "end_to_end", setup.config, training, how, setup.data, setup.device)
+    others = {"end to end": train.trained(setup.module, model, "end_to_end", out, setup.device, state)[0]}
+    torch.manual_seed(seed_of(training.seed, "eval"))
+    with torch.no_grad():
+        report["tables"] = setup.module.evaluate(blocks, others, setup.data)
+    write(out / f"{model}.json", report)
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(usage=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("row", nargs="?")
-    parser.add_argument("--checkpointing", choices=("vit", "dit", "gpt", "mdm", "recurrent"))
-    parser.add_argument("--edges", choices=("vit", "gpt", "recurrent"))
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--out", default="out/study")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    own = parser.parse_args(argv)
-    torch.set_num_threads(own.threads)
-    if own.checkpointing:
+    parser.add_argument("--checkpointing", metavar="MODEL")
+    parser.add_argument("--edges", metavar="PROBE.json", type=Path)
+    parser.add_argument("--blocks", type=int, default=4, help="of --edges (default: 4)")
+    parser.add_argument("--out", default="out", help="(default: out)")
+    parser.add_argument("--seed", type=int, default=0, help="of a row (default: 0)")
+    parser.add_argument("--threads", type=int, default=1, help="(default: 1)")
+    own, more = parser.parse_known_args(argv)
+    if more and not own.row:
+        raise UserError(f"unknown flag {more[0]}")
+    if own.row:
+        if own.row not in rows():
+            raise UserError(f"no row {own.row!r}; python results/study.py names them all")
+        run_row(own.row, own, more, argv)
+    elif own.checkpointing:
         checkpointing(own.checkpointing, own, argv)
     elif own.edges:
         print(f"--edges {equal_information(own.edges, own.blocks)}")
-    elif own.row in rows():
-        run_row(own.row, own, argv)
-    elif own.row:
-        raise UserError(f"no row {own.row!r}; python results/study.py names them all")
     else:
         for name, (model, flags, variant) in rows().items():
             print(f"{name}: --model {model} {' '.join(flags)}{f' ({variant.__doc__})' if variant else ''}")

@@ -122,9 +122,11 @@ def filled(match):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["--check"]):
+        sys.exit("error: the only flag is --check")
     for page in (HERE.parent / "README.md", HERE / "README.md"):
         before = page.read_text()
         after = re.sub(r"(<!-- (.*?) -->\n).*?(<!-- end -->)", filled, before, flags=re.S)
         if "--check" in sys.argv and before != after:
-            sys.exit(f"{page} is not what the logs say: python results/table.py")
+            sys.exit(f"error: {page} is not what the logs say: python results/table.py")
         page.write_text(after)
