@@ -76,7 +76,7 @@ class LogNormal(Noise):
     p_std: float = 1.2          # its standard deviation (EDM)
     sigma_min: float = 0.002    # lowest noise level (EDM): a unit-norm target can be read off z here
     sigma_max: float = 80.0     # highest (EDM): z tells nothing of the target here; sampling starts here
-    sigma_data: float = 0.5     # std of images (EDM); for labels and tokens it only scales z at the input
+    sigma_data: float = 0.5     # std of images (EDM); with a Bayes readout it only scales z at the input
     gamma: float = 0.05         # overlap of neighbouring blocks in training (paper: 0.05, 0.1 for text)
     edges: str = "probability"  # probability (paper), uniform in ln sigma, or the inner ends: 0.1,0.7
     weighting: str = "none"     # of the loss: none (the released code's, in effect) or edm
@@ -92,7 +92,8 @@ class LogNormal(Noise):
         elif self.edges == "uniform":
             inner = [self.sigma_min * ratio ** (i / n) for i in range(1, n)]
         else:
-            inner = [float(s) for s in self.edges.split(",") if s.strip().replace(".", "", 1).isdigit()]
+            number = [s.strip().replace(".", "", 1).isdigit() for s in self.edges.split(",")]
+            inner = [float(s) for s in self.edges.split(",")] if all(number) else []
         self.ends = [self.sigma_min, *inner, self.sigma_max]
         if len(self.ends) != n + 1 or not all(a < b for a, b in zip(self.ends, self.ends[1:])):
             raise ValueError(f"edges {self.edges}, p_mean {self.p_mean}, p_std {self.p_std}: {n} blocks need "
@@ -162,7 +163,7 @@ class LogNormal(Noise):
 class Masking(Noise):
     """Mask noise: at time t in [0, 1] a token is still visible with probability alpha(t), else it is a mask.
 
-    The methods of LogNormal, with t in the place of sigma: block 0 owns the times near 1, where nearly all is
+    As LogNormal, with t in the place of sigma: block 0 owns the times near 1, where nearly all is
     masked. alpha keeps a distance eps from 0 and 1 (MD4), or the weight would have no bound at t = 0."""
     n_blocks: int = 1           # blocks that the layers are cut into, each trained alone
     gamma: float = 0.05         # overlap of neighbouring blocks in training, a part of its alpha (paper)

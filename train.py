@@ -14,6 +14,7 @@ import contextlib
 import copy
 import difflib
 import functools
+import gc
 import importlib
 import inspect
 import json
@@ -39,15 +40,16 @@ from diffusion_blocks import seed_of
 
 CONTRACT = ("DATA", "Config", "PRESETS", "Sampling", "Block", "EndToEnd")  # of a model file
 ACTIONS = ("model", "preset", "block", "end_to_end", "control", "eval", "sample")  # flags, but no settings
+STOP = []  # the signals that came: the update ends and is saved
 
 
 @dataclass
 class Training:
-    """What decides the weights: a run that is resumed has to repeat all of it."""
+    """What decides the weights. --resume takes it from the checkpoint, and refuses other values."""
     steps: int = 1000           # optimizer updates for each block (and as many for the baseline)
     epochs: float = 0.0         # passes over the data in the place of steps; 0: as --steps says
     batch_size: int = 16        # sequences or images in an update
-    accumulate: int = 1         # gradient accumulation: pieces of a batch; torchrun's processes share them
+    accumulate: int = 1         # gradient accumulation: pieces (micro-batches) of a batch, shared by ranks
     lr: float = 1e-3            # peak learning rate of AdamW, whose first beta is 0.9
     beta2: float = 0.95         # AdamW's second beta
     weight_decay: float = 0.1   # on matrices and embeddings, not on norms and biases
@@ -57,7 +59,7 @@ class Training:
     ema: float = 0.0            # decay of a running mean of the weights, which is scored and sampled; 0: none
     precision: str = "auto"     # of matrix products: bf16 or float32; auto: bf16 on CUDA, else float32
     compile: str = "auto"       # torch.compile of the layers: on or off; auto: on CUDA
-    seed: int = 0               # random numbers are a function of (seed, block, update) alone
+    seed: int = 0               # random numbers are a function of (seed, part, update, piece)
 
     def __post_init__(self):
         if min(self.steps, self.batch_size, self.accumulate) < 1 or self.batch_size % self.accumulate:
@@ -70,15 +72,15 @@ class Training:
 
 @dataclass
 class Run:
-    """What changes no weight."""
+    """Where and how it runs: not in the checkpoint."""
     device: str = "auto"        # auto, cpu, cuda, cuda:1, mps
-    threads: int = 0            # CPU threads; 0: as torch chooses. The same number gives the same bits
+    threads: int = 0            # CPU threads; 0: as torch chooses. Another number may change the last bits
     out: str = "out"            # checkpoints and logs go to OUT/MODEL
     resume: bool = False        # go on from the checkpoint, with its settings; on CPU to the same bits
     overwrite: bool = False     # train anew where a checkpoint is
     checkpoint_activations: bool = False  # keep each layer's input only, compute the rest twice: less memory
-    log_every: int = 50         # updates between log lines
-    save_every: int = 200       # updates between checkpoints
+    log_every: int = 50         # updates between log lines; 0: at the end only
+    save_every: int = 200       # updates between checkpoints; 0: at the end only
 
 
 # ---- Training: the loop, and what it needs ----------------------------------------------------------------
@@ -133,12 +135,12 @@ def train(module, model, part, config, training, run, data, device, rank=0, size
         if average is not None:
             decay = min(training.ema, (1 + step) / (10 + step))  # with the usual warm-up
             torch._foreach_lerp_(list(average.parameters()), [p.data for p in net.parameters()], 1 - decay)
-        stop = rank == 0 and STOP
-        logs, saves = (step % n == 0 or step == steps or stop for n in (run.log_every, run.save_every))
+        stop = rank == 0 and STOP  # rank 0 alone writes
+        logs, saves = (n and step % n == 0 or step == steps or stop for n in (run.log_every, run.save_every))
         # on CUDA, only logging and saving wait for the device
         if (logs or saves or device.type == "cpu") and not math.isfinite(float(total)):
-            raise UserError(f"the loss of {part} is not finite at update {step}; what was saved before is "
-                            f"untouched; try a lower --lr")
+            raise UserError(f"the loss of {part} is not finite at update {step}; the checkpoint saved before "
+                            f"is untouched; try a lower --lr")
         if logs and rank == 0:
             with autocast():
                 val = validate(average or net, held_out)
@@ -154,7 +156,7 @@ def train(module, model, part, config, training, run, data, device, rank=0, size
                                 "optimizer": optimizer.state_dict()["state"],
                                 "average": average.state_dict() if average is not None else None})
         if stop and step < steps:
-            print(f"{path} holds update {step} of {steps}; go on: {command(model, part, run.out)} --resume")
+            print(f"{path} holds update {step} of {steps}; go on: the same command with --resume")
             sys.exit(128 + STOP[0])
 
 
@@ -184,7 +186,7 @@ def prepare_layers(net, training, run):
 
 
 def lr_at(step, training):
-    """Linear warm-up, then a cosine to final_lr; step counts this block's own updates."""
+    """Linear warm-up, then a cosine to final_lr * lr; step counts this block's own updates."""
     warm = min(1.0, (step + 1) / max(1, training.warmup))
     after = max(0, step - training.warmup) / max(1, training.steps - training.warmup)
     cosine = (1 + math.cos(math.pi * after)) / 2
@@ -222,7 +224,8 @@ def save(path, content):
 def load(path, model):
     """A checkpoint as a dictionary on the CPU. Never runs code from the file. Raises UserError."""
     if not path.exists():
-        raise UserError(f"there is no {path}; train it: {command(model, path.stem, path.parent.parent)}")
+        flag, out = path.stem.replace("block_", "block ").replace("_", "-"), shlex.quote(str(path.parents[1]))
+        raise UserError(f"there is no {path}; train it: python train.py --model {model} --{flag} --out {out}")
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not compare the checksums
             raise ValueError("a checksum is wrong")
@@ -255,10 +258,11 @@ def trained(module, model, part, out, device, like=None):
 
 
 def assemble(module, model, out, device):
-    """The trained blocks, a list, and block 0's checkpoint."""
-    net, first = trained(module, model, "block_0", out, device)
-    others = [f"block_{b}" for b in range(1, first["config"]["n_blocks"])]
-    return [net] + [trained(module, model, part, out, device, first)[0] for part in others], first
+    """The trained blocks, a list, and block 0's checkpoint, with the fewest updates of any block."""
+    first = load(Path(out) / model / "block_0.pt", model)
+    found = [trained(module, model, f"block_{b}", out, device, first)
+             for b in range(first["config"]["n_blocks"])]
+    return [net for net, _ in found], first | {"step": min(state["step"] for _, state in found)}
 
 
 def evaluate(module, model, run, data, device):
@@ -292,13 +296,13 @@ def evaluate(module, model, run, data, device):
     print(f"\nsaved {path}")
 
 
-def sample(module, model, parts, run, sampling, data, device):
+def sample(module, model, parts, run, values, data, device):
     """Generate from the blocks (no parts), baseline or control: print a text, save pictures and arrays."""
-    nets, state = (trained(module, model, parts[0], run.out, device) if parts else
-                   assemble(module, model, run.out, device))
-    torch.manual_seed(seed_of(state["training"]["seed"], "sample"))
+    nets, _ = (trained(module, model, parts[0], run.out, device) if parts else
+               assemble(module, model, run.out, device))
+    torch.manual_seed(seed_of(values["seed"], "sample"))
     with user_errors():
-        result = module.sample(nets, sampling, data)
+        result = module.sample(nets, replaced(module.Sampling(), values), data)
     if isinstance(result, str):
         return print(result)
     for name, array in result.items():
@@ -351,7 +355,7 @@ def replaced(settings, values):
 
 @contextlib.contextmanager
 def user_errors():
-    """A ValueError of a model file, such as a Config's about its values, is told in one line."""
+    """A ValueError of a model file, such as a Config's about its values, becomes a one-line error."""
     try:
         yield
     except ValueError as e:
@@ -378,7 +382,7 @@ def parse(argv):
     first.add_argument("--model", default="gpt", help="vit, dit, gpt, mdm, recurrent, or your NAME.py's NAME")
     first.add_argument("--preset", default="default", help="a set of values that the model file names")
     known, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    if not Path(__file__).with_name(f"{known.model}.py").exists():
+    if not (known.model.isidentifier() and Path(__file__).with_name(f"{known.model}.py").exists()):
         raise UserError(f"no {known.model}.py here; choose vit, dit, gpt, mdm, recurrent or write your own")
     module = importlib.import_module(known.model)
     needs = CONTRACT + ("evaluate",) * ("--eval" in argv) + ("sample",) * ("--sample" in argv)
@@ -386,9 +390,9 @@ def parse(argv):
     if lacks or known.preset not in module.PRESETS:
         raise UserError(f"{known.model}.py lacks {', '.join(lacks) or f'a preset {known.preset!r}'}")
     source, preset = importlib.import_module(f"data.{module.DATA}"), module.PRESETS[known.preset]
-    parser = argparse.ArgumentParser(description=__doc__, parents=[first], allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.exit_on_error = False  # but an ArgumentError, for the one line at the end of this file
+    parser = argparse.ArgumentParser(
+        description=__doc__, parents=[first], allow_abbrev=False, exit_on_error=False,  # but an ArgumentError
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     part, act = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     part.add_argument("--block", metavar="N|all", help="train block N alone, or every block in turn")
     part.add_argument("--end-to-end", action="store_true", help="train (with --sample: sample) the baseline")
@@ -415,31 +419,28 @@ def settle(typed, preset, module, source, rank=0, n_ranks=1):
                         "(or the last with --end-to-end or --control)")
     allowed = [Run, source.Settings, *([] if act else [Training, module.Config])]
     allowed += [module.Sampling] * typed["sample"]
-    useless = set(typed).difference(ACTIONS, *(flat(cls()) for cls in allowed))
+    useless = set(typed).difference(ACTIONS, ["seed"] * typed["sample"], *(flat(cls()) for cls in allowed))
     if useless:
         raise UserError(f"--{min(useless).replace('_', '-')} has no effect here; drop it")
-    values = preset | typed | ({"epochs": 0.0} if "steps" in typed else {})
+    typed = typed | ({"epochs": 0.0} if "steps" in typed else {})
+    values, name = preset | typed, f"block_{typed['block']}"
+    folder = Path(replaced(Run(), values).out) / typed["model"]
+    if act or typed.get("resume"):
+        paths = [folder / f"{part}.pt" for part in parts or (name, "block_0")]
+        for path in [path for path in paths if path.exists()][:1]:
+            state = load(path, typed["model"])
+            values = preset | state["config"] | state["training"] | state["settings"] | typed
     if typed["block"]:
         blocks = [f"block_{b}" for b in range(replaced(module.Config(), values).noise.n_blocks)]
-        parts = blocks if typed["block"] == "all" else [p for p in blocks if p == f"block_{typed['block']}"]
+        parts = blocks if typed["block"] == "all" else [part for part in blocks if part == name]
         if not parts:
             raise UserError(f"no block {typed['block']}; {typed['model']} has blocks 0 to {len(blocks) - 1}")
     parts, rank, size = (parts, 0, 1) if act else assign(parts, rank, n_ranks)
-    paths = [Path(replaced(Run(), values).out) / typed["model"] / f"{p}.pt" for p in parts or ["block_0"]]
-    there = [path for path in paths if act or path.exists()]
-    if there and (act or typed.get("resume")):
-        state = load(there[0], typed["model"])
-        values = preset | state["config"] | state["training"] | state["settings"] | typed
-    elif there and not typed.get("overwrite"):
+    there = [path for path in (folder / f"{part}.pt" for part in parts) if path.exists()]
+    if there and not (act or typed.get("resume") or typed.get("overwrite")):
         raise UserError(f"{there[0]} is there already: --resume goes on with it, --overwrite trains it anew, "
                         f"--out names another place")
     return parts, rank, size, values
-
-
-def command(model, part, out):
-    """The command that trains a part."""
-    flag = f"--block {part[6:]}" if part.startswith("block_") else "--" + part.replace("_", "-")
-    return f"python train.py --model {model} {flag} --out {shlex.quote(str(out))}"
 
 
 def set_up(run, training, local_rank=0):
@@ -460,9 +461,6 @@ def set_up(run, training, local_rank=0):
     return device, replace(training, **{k: v for k, v in auto.items() if getattr(training, k) == "auto"})
 
 
-STOP = []  # the signals that came: the update ends and is saved
-
-
 def main(argv):
     typed, preset, module, source = parse(argv)
     rank, n_ranks, local_rank = (int(os.environ.get(k, default)) for k, default in (
@@ -474,10 +472,11 @@ def main(argv):
     if typed["eval"]:
         return evaluate(module, model, run, data, device)
     if typed["sample"]:
-        return sample(module, model, parts, run, replaced(module.Sampling(), values), data, device)
+        return sample(module, model, parts, run, values, data, device)
     config = replaced(module.Config(), values | data.facts)
     if training.epochs:
-        training.steps = math.ceil(training.epochs * data.length(config) / training.batch_size)
+        steps = math.ceil(training.epochs * data.length(config) / training.batch_size)
+        training = replaced(training, {"steps": steps})
     if size > 1:
         training = replaced(training, {"accumulate": math.ceil(training.accumulate / size) * size})
         connect(parts[0], rank, size, device)
@@ -486,6 +485,7 @@ def main(argv):
         signal.signal(number, lambda number, frame: STOP.append(number))
     for part in parts:
         train(module, model, part, config, training, run, data, device, rank, size)
+        gc.collect()  # a wrapped layer refers to itself
     if size > 1:
         dist.destroy_process_group()
 
