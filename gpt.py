@@ -2,9 +2,9 @@
 
 x is the clean text so far, y the fixed unit-norm embedding E of the next token at every position, and z = y +
 sigma * eps. A block carries two streams through its own layers. The clean stream is a plain causal decoder
-over x. Slot i of the noisy stream starts from token i and z_i = E[x_{i+1}] + sigma * eps, attends to clean
-tokens <= i and to itself, and predicts x_{i+1}. Only slots see the noise level, so the clean keys and values
-are computed once for each token, and cached.
+over x. The noisy stream has a slot for each token to predict: slot i starts from token i and z_i = E[x_{i+1}]
++ sigma * eps, attends to clean tokens <= i and to itself, and predicts x_{i+1}. Only slots see the noise
+level, so the clean keys and values are computed once for each token, and cached.
 
     loss of block b = E over sigma in its interval of  CE(prior_b(x, z, sigma) + z @ E^T / sigma^2, x_next)
 
@@ -34,7 +34,7 @@ class Config:
     seq_len: int = 256          # context length in tokens
     vocab_size: int = 0         # set from the data
     readout: str = "bayes"      # bayes: prior + z.E/sigma^2; edm: the paper's, c_skip z + c_out F
-    z_rate: float = 0.1         # scale of z's zero-initialised projection: in effect its learning rate
+    z_rate: float = 0.1         # scale of z's projection, which starts at 0: how fast z is learned
     table_seed: int = 0         # seed of the target embedding; the same in every block
     noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=4, gamma=0.1))
 
@@ -179,7 +179,7 @@ def init_weights(net):
         elif p.dim() == 1:
             nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)   # norm weights are 1
         elif "modulation" in name or name.startswith("z_in"):
-            nn.init.zeros_(p)   # at sigma_max z is pure noise, beside embeddings of std 0.02: it enters at 0
+            nn.init.zeros_(p)   # z, pure noise at sigma_max, would drown the embeddings: it enters at 0
         else:
             std = 0.02 / math.sqrt(2 * len(net.layers)) if name.endswith("out.weight") else 0.02
             nn.init.normal_(p, std=std)
@@ -286,7 +286,7 @@ def generate(nets, tokens, n_tokens, use_cache=True, **how):
     seq_len = (nets[0] if isinstance(nets, list) else nets).config.seq_len
     start, cache, half = 0, None, seq_len // 2
     for i in range(tokens.shape[1], tokens.shape[1] + n_tokens):
-        first = max(0, math.ceil((i - seq_len) / half) * half)  # a full window begins anew with its last half
+        first = max(0, math.ceil((i - seq_len) / half) * half)  # a full window drops its older half
         if first != start or not use_cache:
             start, cache = first, None
         token, cache = next_token(nets, tokens[:, start:i], cache, **how)
@@ -296,7 +296,7 @@ def generate(nets, tokens, n_tokens, use_cache=True, **how):
 
 def next_token(nets, tokens, cache, temperature=1.0, euler_steps=0):
     """A token (N,) after tokens (N, T), and a cache of them all; the one given holds all but the last, or is
-    None. With it a token costs one pass of the clean stream through every block, and a slot a noise level."""
+    None. A token costs each block one position of the clean stream, and one slot for every noise level."""
     new = tokens[:, -1:] if cache else tokens
     if isinstance(nets, EndToEnd):
         logits, cache = nets.logits(new, cache)

@@ -37,7 +37,7 @@ class Config:
     mean_passes: int = 32       # baseline: mean number of passes through the core in training (Huginn: 33)
     grad_passes: int = 8        # baseline: the last passes, which have a gradient (Huginn)
     readout: str = "bayes"      # bayes: prior + z.E/sigma^2; edm: the paper's, c_skip z + c_out F
-    z_rate: float = 0.1         # scale of z's zero-initialised projection: in effect its learning rate
+    z_rate: float = 0.1         # scale of z's projection, which starts at 0: how fast z is learned
     table_seed: int = 0         # seed of the target embedding
     noise: LogNormal = field(default_factory=LogNormal)
 
@@ -300,7 +300,7 @@ def generate(nets, tokens, n_tokens, use_cache=True, **how):
     seq_len = (nets[0] if isinstance(nets, list) else nets).config.seq_len
     start, cache, half = 0, None, seq_len // 2
     for i in range(tokens.shape[1], tokens.shape[1] + n_tokens):
-        first = max(0, math.ceil((i - seq_len) / half) * half)  # a full window begins anew with its last half
+        first = max(0, math.ceil((i - seq_len) / half) * half)  # a full window drops its older half
         if first != start or not use_cache:
             start, cache = first, None
         token, cache = next_token(nets, tokens[:, start:i], cache, **how)

@@ -39,7 +39,7 @@ class Config:
     data_mean: float = 0.0      # of the training pixels in [-1, 1]
     data_std: float = 1.0       # their standard deviation
     readout: str = "bayes"      # bayes: prior + z.E/sigma^2; edm: the paper's, c_skip z + c_out F
-    z_rate: float = 0.1         # scale of z's zero-initialised projection: in effect its learning rate
+    z_rate: float = 0.1         # scale of z's projection, which starts at 0: how fast z is learned
     table_seed: int = 0         # seed of the target embedding; the same in every block
     noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=3))
 
