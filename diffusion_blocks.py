@@ -27,7 +27,7 @@ def split_layers(n_layer, n_blocks, split=""):
         sizes = [int(s) if s.strip().isdigit() else 0 for s in split.split(",")]
     if len(sizes) != n_blocks or sum(sizes) != n_layer or min(sizes, default=0) < 1:
         fit = [b for b in range(1, n_layer + 1) if n_layer % b == 0]
-        raise ValueError(f"{n_layer} layers cannot be cut into {n_blocks} blocks {split}; n_blocks that fit: "
+        raise ValueError(f"{n_layer} layers cannot be cut into {n_blocks} blocks; n_blocks that fit: "
                          f"{', '.join(map(str, fit))}; layer_split needs {n_blocks} sizes, {n_layer} in all")
     ends = [sum(sizes[:i + 1]) for i in range(n_blocks)]
     return [range(end - size, end) for size, end in zip(sizes, ends)]

@@ -411,6 +411,16 @@ def test_presets_name_what_exists_and_have_the_papers_sizes(module, name):
     assert whole == pytest.approx(KNOWN.get(name, whole), rel=.02)
 
 
+def test_what_has_the_same_name_in_two_model_files_is_the_same_code():
+    sources = {}
+    for module in MODELS:
+        for name, thing in vars(module).items():
+            if getattr(thing, "__module__", "") == module.__name__:
+                sources.setdefault(name, set()).add(inspect.getsource(thing))
+    assert {name for name, found in sources.items() if len(found) > 1} == {
+        "Config", "Sampling", "Block", "EndToEnd", "next_token", "sample", "evaluate"}
+
+
 # ---- What is each model's own -----------------------------------------------------------------------------
 
 @each(gpt, recurrent)
@@ -928,15 +938,6 @@ def test_a_block_has_the_same_bits_alone_and_two_processes_a_block_share_its_bat
             torch.testing.assert_close(two["net"][k], p, rtol=1e-5, atol=1e-6)
 
 
-def test_ranks_are_assigned_to_parts_evenly():
-    parts = ["block_0", "block_1", "block_2"]
-    assert [train.assign(parts, rank, 2) for rank in range(2)] == [(parts[0::2], 0, 1), (parts[1::2], 0, 1)]
-    assert [train.assign(parts, rank, 6)[1:] for rank in range(6)] == [(i, 2) for i in (0, 1, 0, 1, 0, 1)]
-    assert [train.assign(parts, rank, 6)[0] for rank in range(6)] == [[p] for p in parts for _ in range(2)]
-    with pytest.raises(UserError, match="4 processes cannot share 3 blocks"):
-        train.assign(parts, 0, 4)
-
-
 def test_a_killed_run_resumes_an_interrupted_one_prints_how_to_go_on(place, flags, tmp_path):
     common, path = flags("gpt", "--block=0", "--steps=150", "--log-every=9"), tmp_path / "a b/gpt/block_0.pt"
     train.main([*common, f"--out={tmp_path}/whole"])
@@ -1019,15 +1020,6 @@ def test_other_settings_and_training_over_a_checkpoint_are_refused(flags, tmp_pa
     train.main([*common, "--overwrite"])
     train.main(flags("gpt", "--block=0", f"--out={tmp_path}/new", "--lr=.002"))
     assert weights(path) == weights(tmp_path / "new/gpt/block_0.pt")
-
-
-def test_a_control_of_other_settings_is_left_out_of_the_evaluation(flags, tmp_path, capsys):
-    train.main(flags("gpt", "--block=all", f"--out={tmp_path}"))
-    train.main(flags("gpt", "--control", "--n-embd=8", f"--out={tmp_path}"))
-    train.main(["--model=gpt", "--eval", f"--out={tmp_path}"])
-    assert "without control: " in (text := capsys.readouterr().out) and "n_embd (8 -> 16)" in text
-    rows = next(iter(json.loads((tmp_path / "gpt/eval.json").read_text())["tables"].values()))
-    assert "blocks (bound)" in rows and not {"control", "end to end"} & set(rows)
 
 
 def test_a_loss_that_is_not_finite_ends_training_and_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch):

@@ -108,7 +108,7 @@ def train(module, model, part, config, training, run, data, device, rank=0, size
             average.load_state_dict(state["average"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
     prepare_layers(net, training, run)
-    network = nn.parallel.DistributedDataParallel(net, broadcast_buffers=False) if size > 1 else net
+    network = nn.parallel.DistributedDataParallel(net) if size > 1 else net
     pieces, piece_size = range(rank, n_pieces, size), training.batch_size // n_pieces
     held_out, seed = data.held_out(4 * piece_size, config), seed_of(training.seed, part)
     name, count = part.replace("_", " "), sum(p.numel() for p in net.parameters())
@@ -121,8 +121,8 @@ def train(module, model, part, config, training, run, data, device, rank=0, size
         for piece in pieces:
             torch.manual_seed(seed + step * n_pieces + piece)
             batch = data.batch(piece_size, config, step * n_pieces + piece)
-            if size > 1:  # processes exchange gradients once, with their last piece
-                network.require_backward_grad_sync = piece == pieces[-1]
+            if size > 1:  # processes exchange gradients once, with their last piece, and no buffers
+                network.require_backward_grad_sync, network.broadcast_buffers = piece == pieces[-1], False
             with autocast():
                 loss = network(batch) / len(pieces)
             loss.backward()
@@ -495,6 +495,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (UserError, argparse.ArgumentError) as e:
         sys.exit(f"error: {e}")
-    except BrokenPipeError:  # as of `| head`
+    except (BrokenPipeError, KeyboardInterrupt):  # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
