@@ -26,9 +26,7 @@ def split_layers(n_layer, n_blocks, split=""):
     if split:
         sizes = [int(s) if s.strip().isdigit() else 0 for s in split.split(",")]
     if len(sizes) != n_blocks or sum(sizes) != n_layer or min(sizes, default=0) < 1:
-        fit = [b for b in range(1, n_layer + 1) if n_layer % b == 0]
-        raise ValueError(f"{n_layer} layers cannot be cut into {n_blocks} blocks; n_blocks that fit: "
-                         f"{', '.join(map(str, fit))}; layer_split needs {n_blocks} sizes, {n_layer} in all")
+        raise ValueError(f"{n_layer} layers cannot be cut into {n_blocks} blocks {split or 'of one size'}")
     ends = [sum(sizes[:i + 1]) for i in range(n_blocks)]
     return [range(end - size, end) for size, end in zip(sizes, ends)]
 
@@ -96,9 +94,7 @@ class LogNormal(Noise):
             inner = [float(s) for s in self.edges.split(",")] if all(number) else []
         self.ends = [self.sigma_min, *inner, self.sigma_max]
         if len(self.ends) != n + 1 or not all(a < b for a, b in zip(self.ends, self.ends[1:])):
-            raise ValueError(f"edges {self.edges}, p_mean {self.p_mean}, p_std {self.p_std}: {n} blocks need "
-                             f"{n - 1} ascending ends between {self.sigma_min} and {self.sigma_max}, such as "
-                             f"0.1,0.7 for three blocks; or probability, or uniform")
+            raise ValueError(f"edges {self.edges}: need probability, uniform or {n - 1} rising ends: 0.1,0.7")
 
     def icdf(self, q, lo=None, hi=None):
         """The sigma, float64, below which a part q (any shape) of the draws in [lo, hi] (all) lies."""
@@ -123,8 +119,7 @@ class LogNormal(Noise):
         return to_device(self.icdf(u, *self.widened(block)).float(), device)
 
     def steps(self, n=0):
-        """(n,) float64 levels that a sampler visits, from sigma_max down to sigma_min at equal quantiles;
-        0: max(n_blocks + 1, 4) of them."""
+        """(n,) float64 levels of a sampler, downwards at equal quantiles; 0: max(n_blocks + 1, 4) of them."""
         n = n or max(self.n_blocks + 1, 4)
         if n < 2:
             raise ValueError(f"a sampler needs at least 2 noise levels, got {n}")
@@ -172,10 +167,10 @@ class Masking(Noise):
     mask_id: int = field(default=0, init=False)  # the token that stands for a mask; a model's Config sets it
 
     def __post_init__(self):
-        if self.schedule not in ("linear", "cosine"):
-            raise ValueError(f"unknown schedule {self.schedule!r}; choose linear or cosine")
         if self.n_blocks < 1 or not (self.gamma >= 0 and 0 < self.eps < 0.5):
             raise ValueError("need n_blocks of at least 1, gamma of at least 0 and 0 < eps < 0.5")
+        if self.schedule not in ("linear", "cosine"):
+            raise ValueError("schedule must be linear or cosine")
         self.ends = [self._inverse(1 - (self.n_blocks - i) / self.n_blocks) for i in range(self.n_blocks + 1)]
 
     def mask_probability(self, t):
@@ -192,7 +187,6 @@ class Masking(Noise):
         return part if self.schedule == "linear" else 2 / math.pi * math.asin(part)
 
     def widened(self, block):
-        """(lo, hi) that a block is trained on: its interval and an overlap on either side."""
         lo = max(0.0, (block - self.gamma) / self.n_blocks)      # in alpha
         hi = min(1.0, (block + 1 + self.gamma) / self.n_blocks)
         return self._inverse(1 - hi), self._inverse(1 - lo)
@@ -231,8 +225,7 @@ class Masking(Noise):
 def score_loss(error, y, noise, block):
     """The loss of one block: E over its own noise levels of weight(level) * error(corrupted y, level).
 
-    y (B, ...) is the clean target; error(z, level) -> (B,) is the model's: squared error, or cross-entropy
-    in nats."""
+    y (B, ...) is the clean target; error(z, level) -> (B,) the model's squared error, or nats."""
     level = noise.sample(block, len(y), y.device)  # (B,)
     err = error(noise.corrupt(y, level), level)    # (B,)
     weight = noise.weight(level)                   # (B,)
@@ -245,7 +238,6 @@ def score_loss(error, y, noise, block):
 @functools.lru_cache(maxsize=2)  # blocks in one process share the tensor
 def target_table(n_class, dim, seed):
     """(n_class, dim) float32 unit-norm rows, never trained: orthonormal if n_class <= dim, else Gaussian.
-
     Drawn on the CPU in float64 and then rounded: blocks trained on different machines have to agree."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(n_class, dim, generator=generator, dtype=torch.float64, device="cpu")
@@ -268,7 +260,6 @@ def bayes_logits(prior, z, sigma, table):
 
 def edm_logits(f, z, sigma, table, noise, scale):
     """The paper's logits scale * D @ E^T, with D = c_skip z + c_out f; f and z (B, ..., C), sigma (B,).
-
     The scale is learned: the product of two unit vectors alone cannot make a sharp softmax."""
     c_skip, c_out, _, _ = (expand(c, z) for c in noise.precondition(sigma))
     with torch.autocast(z.device.type, enabled=False):
@@ -285,9 +276,9 @@ def cross_entropy(logits, target):
 def euler(denoise, z, steps):
     """Probability-flow ODE from z at steps[0] down to steps[-1]; n levels are n evaluations and n - 1 moves.
 
-    denoise(z, sigma) -> D of z's shape; sigma is a float, for block_of. Start from sigma_max * noise for a
-    sample, or from 0, the mean of the prior, for (mostly) the most probable outcome. Returns D at the last
-    level. The sign is the released code's; the paper's printed eqs. 3-5 have the opposite one."""
+    denoise(z, sigma) -> D of z's shape; sigma is a float. Start from sigma_max * noise for a sample, or from
+    0, the mean of the prior, for (mostly) the most probable outcome. Returns D at the last level. The sign is
+    the released code's; the paper's printed eqs. 3-5 have the opposite one."""
     steps = steps.tolist()
     for sigma, sigma_next in zip(steps[:-1], steps[1:]):
         d = (z - denoise(z, sigma)) / sigma                      # dz / d sigma
@@ -308,14 +299,23 @@ def decode_labels(logits, shape, table, noise, steps, temperature=0.0):
     return (euler(denoise, z, steps) @ table.T).argmax(-1)
 
 
+def ensemble(logits, shape, table, noise, blocks):
+    """log p(y | x), (*shape, V): the mean of log p_b(y | x) over blocks, a list of numbers, renormalised.
+    A block of labels or tokens has learnt, alone, to guess y from x. It is asked at z = 0 and the median of
+    its training levels. logits: `decode_labels`."""
+    z, total = torch.zeros(*shape, table.shape[1], device=table.device), 0.0
+    for b in blocks:
+        sigma = noise.icdf(0.5, *noise.interval(b)).float().to(z.device).expand(len(z))
+        total = total + logits(b, z, sigma).log_softmax(-1)
+    return (total / len(blocks)).log_softmax(-1)
+
+
 def bound_share(error, y, noise, block, n=4):
     """A block's share, in nats, of the bound on -log p(y | x), averaged over the batch y (B, ...).
 
     error(z, level) -> (B,): for Gaussian noise |y - D|^2, for masks the cross-entropy, both summed over all
-    that an example is scored on. Unbiased, from n levels for each example, stratified within an example and
-    over the batch. The shares of all blocks and the terms of the ends add up to the bound. It is that of the
-    continuous-time model, not of a sampler with few steps; an exact posterior attains it (VDM, arXiv
-    2107.00630; MD4)."""
+    that an example is scored on. Unbiased, from n stratified levels each. All shares and the ends add up to
+    the bound of the continuous-time model, which an exact posterior attains (VDM, arXiv 2107.00630; MD4)."""
     total, size = 0.0, len(y)
     for k in range(n):
         u = (k + (torch.randperm(size) + torch.rand(size, dtype=torch.float64)) / size) / n
@@ -338,18 +338,18 @@ def bound_ends(error, y, noise):
 
 def score_labels(logits, target, table, noise, n=4):
     """{name: nats, summed over the batch} of the blocks on targets (B, ...): each "block b", its share of the
-    bound from n levels; the bound's "ends"; block 0's cross-entropy at sigma_max. logits: `decode_labels`."""
-    y, scores = table[target], {}                                                        # (B, ..., C)
+    bound from n levels; the bound's "ends"; the `ensemble` of each, "block b alone", and of all."""
+    y, scores, every = table[target], {}, list(range(noise.n_blocks))                    # (B, ..., C)
 
-    def nats(b):
-        return lambda z, sigma: cross_entropy(logits(b, z, sigma), target).view(len(y), -1).sum(1)
-
-    def squared_error(b):
-        return lambda z, sigma: (y - logits(b, z, sigma).softmax(-1) @ table).pow(2).flatten(1).sum(1)
-
-    for b in range(noise.n_blocks):
-        scores[f"block {b}"] = len(y) * bound_share(squared_error(b), y, noise, b, n)
-    scores["ends"] = len(y) * sum(bound_ends(nats(noise.n_blocks - 1), y, noise))
-    level = torch.full((len(y),), noise.sigma_max, device=y.device)
-    scores["blocks, cross-entropy at sigma_max"] = nats(0)(noise.corrupt(y, level), level).sum().item()
+    def nats(z, sigma):  # of the last block
+        return cross_entropy(logits(every[-1], z, sigma), target).view(len(y), -1).sum(1)
+    for b in every:
+        def squared_error(z, sigma):
+            return (y - logits(b, z, sigma).softmax(-1) @ table).pow(2).flatten(1).sum(1)
+        scores[f"block {b}"] = len(y) * bound_share(squared_error, y, noise, b, n)
+    scores["ends"] = len(y) * sum(bound_ends(nats, y, noise))
+    for blocks in [[b] for b in every] + [every] * (len(every) > 1):
+        name = "blocks (ensemble)" if len(blocks) > 1 else f"block {blocks[0]} alone"
+        log_p = ensemble(logits, target.shape, table, noise, blocks)
+        scores[name] = cross_entropy(log_p, target).sum().item()
     return scores

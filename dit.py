@@ -113,8 +113,8 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm layer without a causal order. Modulated, it is DiT's adaLN-Zero: the condition shifts, scales
-    and gates both sub-layers, and the gates start at 0."""
+    """Pre-norm layer without a causal order. Modulated (adaLN), the condition shifts, scales and gates both
+    sub-layers. The modulation is zero-initialised around the plain layer: gates start at 1, not 0 (DiT)."""
 
     def __init__(self, config, modulated=False):
         super().__init__()
@@ -131,8 +131,8 @@ class EncoderLayer(nn.Module):
             x = x + self.attention(self.norm1(x))
             return x + self.mlp(self.norm2(x))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + (1 + gate1) * self.attention(self.norm1(x) * (1 + scale1) + shift1)
+        return x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 def patches(x, size):

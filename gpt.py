@@ -18,8 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, decode_labels, edm_logits, score_labels,
-                              score_loss, split_layers, target_table)
+from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, decode_labels, edm_logits, ensemble,
+                              score_labels, score_loss, split_layers, target_table)
 
 DATA = "text"  # the module of data/ that this model is trained on
 
@@ -36,7 +36,7 @@ class Config:
     readout: str = "bayes"      # bayes: prior + z.E/sigma^2; edm: the paper's, c_skip z + c_out F
     z_rate: float = 0.1         # scale of z's projection, which starts at 0: how fast z is learned
     table_seed: int = 0         # seed of the target embedding; the same in every block
-    noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=4, gamma=0.1))
+    noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=4, p_mean=0.5, p_std=1.0, gamma=0.1))
 
     def __post_init__(self):
         split_layers(self.n_layer, self.noise.n_blocks, self.layer_split)
@@ -53,8 +53,8 @@ class Config:
 
 # A preset names fields of Config, its noise, the data's settings or train.py's Training. lm1b and owt have
 # the paper's shape and schedule, but GPT-2's tokenizer: Llama-2's is not freely downloadable.
-PAPER = dict(n_layer=12, n_blocks=4, n_head=12, n_embd=768, n_cond=128, seq_len=256, gamma=0.1,
-             tokenizer="gpt2", batch_size=256, accumulate=16, epochs=10.0, lr=3e-4, warmup=2500)
+PAPER = dict(n_layer=12, n_blocks=4, n_head=12, n_embd=768, n_cond=128, seq_len=256, p_mean=-1.2, p_std=1.2,
+             tokenizer="gpt2", batch_size=256, accumulate=16, epochs=10.0, lr=3e-4, warmup=2500, gamma=0.1)
 PRESETS = {
     "default": dict(steps=800, batch_size=8, lr=3e-3, warmup=50),
     "lm1b": dict(PAPER, data="dvruette/lm1b"),
@@ -66,12 +66,14 @@ PRESETS = {
 class Sampling:
     prompt: tuple = ("\n",)     # one or more texts to continue
     n_tokens: int = 256         # tokens to add to each
-    temperature: float = 1.0    # blocks: scale of the starting noise; baseline: of the softmax; 0: greedy
-    euler_steps: int = 0        # noise levels visited for each token; 0: max(n_blocks + 1, 4)
+    temperature: float = 1.0    # of the softmax (euler: scale of the starting noise); 0: greedy
+    sampler: str = "ensemble"   # of blocks: ensemble, their mean log p; or euler, a chain over noise levels
+    euler_steps: int = 0        # euler: noise levels visited for each token; 0: max(n_blocks + 1, 4)
 
     def __post_init__(self):
-        if not all(self.prompt) or self.n_tokens < 0 or self.temperature < 0:
-            raise ValueError("a prompt must not be empty, n_tokens and temperature not negative")
+        valid = all(self.prompt) and self.n_tokens >= 0 and self.temperature >= 0
+        if not valid or self.sampler not in ("ensemble", "euler"):
+            raise ValueError("need a prompt, n_tokens, temperature >= 0, sampler ensemble or euler")
 
 
 # ---- The transformer layer --------------------------------------------------------------------------------
@@ -281,8 +283,7 @@ class EndToEnd(nn.Module):
 
 @torch.no_grad()
 def generate(nets, tokens, n_tokens, use_cache=True, **how):
-    """Tokens (N, T), T at least 1, and n_tokens more: (N, T + n_tokens). nets: the list of blocks, or one
-    EndToEnd; how: see `next_token`."""
+    """(N, T + n_tokens): tokens (N, T), T > 0, and more. nets: the list of blocks, or one EndToEnd."""
     seq_len = (nets[0] if isinstance(nets, list) else nets).config.seq_len
     start, cache, half = 0, None, seq_len // 2
     for i in range(tokens.shape[1], tokens.shape[1] + n_tokens):
@@ -294,28 +295,30 @@ def generate(nets, tokens, n_tokens, use_cache=True, **how):
     return tokens
 
 
-def next_token(nets, tokens, cache, temperature=1.0, euler_steps=0):
+def next_token(nets, tokens, cache, temperature=1.0, sampler="ensemble", euler_steps=0):
     """A token (N,) after tokens (N, T), and a cache of them all; the one given holds all but the last, or is
     None. A token costs each block one position of the clean stream, and one slot for every noise level."""
     new = tokens[:, -1:] if cache else tokens
     if isinstance(nets, EndToEnd):
-        logits, cache = nets.logits(new, cache)
-        if temperature == 0:
-            return logits[:, -1].argmax(-1), cache
-        return torch.multinomial((logits[:, -1] / temperature).softmax(-1), 1).squeeze(1), cache
-    contexts = [block.context(new, past) for block, past in zip(nets, cache or [None] * len(nets))]
+        logits, cache = nets.logits(new, cache)                              # (N, 1 or T, V)
+    else:
+        cache = [block.context(new, past) for block, past in zip(nets, cache or [None] * len(nets))]
 
-    def logits(b, z, sigma):
-        return nets[b].logits(new[:, -1:], z, sigma, contexts[b])            # (N, 1, V)
-    noise, shape = nets[0].noise, (len(tokens), 1)
-    token = decode_labels(logits, shape, nets[0].table, noise, noise.steps(euler_steps), temperature)
-    return token[:, 0], contexts
+        def slot(b, z, sigma):
+            return nets[b].logits(new[:, -1:], z, sigma, cache[b])           # (N, 1, V)
+        how = slot, (len(tokens), 1), nets[0].table, nets[0].noise
+        if sampler == "euler":
+            return decode_labels(*how, nets[0].noise.steps(euler_steps), temperature)[:, 0], cache
+        logits = ensemble(*how, range(len(nets)))                            # (N, 1, V)
+    if temperature == 0:
+        return logits[:, -1].argmax(-1), cache
+    return torch.multinomial((logits[:, -1] / temperature).softmax(-1), 1).squeeze(1), cache
 
 
 def sample(nets, sampling, data):
     """The prompts continued, as one printable text."""
     device, texts = (nets[0] if isinstance(nets, list) else nets).embed.weight.device, []
-    how = dict(temperature=sampling.temperature, euler_steps=sampling.euler_steps)
+    how = dict(temperature=sampling.temperature, sampler=sampling.sampler, euler_steps=sampling.euler_steps)
     for prompt in sampling.prompt:
         tokens = torch.tensor([data.tokenizer.encode(prompt).tolist()], device=device)       # (1, T)
         texts.append(data.tokenizer.decode(generate(nets, tokens, sampling.n_tokens, **how)[0].tolist()))

@@ -39,7 +39,7 @@ class Config:
     readout: str = "bayes"      # bayes: prior + z.E/sigma^2; edm: the paper's, c_skip z + c_out F
     z_rate: float = 0.1         # scale of z's projection, which starts at 0: how fast z is learned
     table_seed: int = 0         # seed of the target embedding
-    noise: LogNormal = field(default_factory=LogNormal)
+    noise: LogNormal = field(default_factory=lambda: LogNormal(p_mean=0.5, p_std=1.0))
 
     def __post_init__(self):
         if self.noise.n_blocks != 1:
@@ -60,7 +60,7 @@ class Config:
 PRESETS = {
     "default": dict(steps=400, batch_size=16, lr=6e-3, warmup=50),
     "lm1b": dict(n_head=8, n_embd=512, n_cond=128, seq_len=256, data="dvruette/lm1b", tokenizer="gpt2",
-                 batch_size=256, accumulate=16, epochs=15.0, lr=3e-4, warmup=2500),
+                 batch_size=256, accumulate=16, epochs=15.0, lr=3e-4, warmup=2500, p_mean=-1.2, p_std=1.2),
 }
 
 
@@ -295,8 +295,7 @@ class EndToEnd(Recurrent):
 
 @torch.no_grad()
 def generate(nets, tokens, n_tokens, use_cache=True, **how):
-    """Tokens (N, T), T at least 1, and n_tokens more: (N, T + n_tokens). nets: the list of blocks, or one
-    EndToEnd; how: see `next_token`."""
+    """(N, T + n_tokens): tokens (N, T), T > 0, and more. nets: the list of blocks, or one EndToEnd."""
     seq_len = (nets[0] if isinstance(nets, list) else nets).config.seq_len
     start, cache, half = 0, None, seq_len // 2
     for i in range(tokens.shape[1], tokens.shape[1] + n_tokens):

@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, decode_labels, edm_logits, score_labels,
-                              score_loss, split_layers, target_table)
+from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, decode_labels, edm_logits, ensemble,
+                              score_labels, score_loss, split_layers, target_table)
 
 DATA = "images"  # the module of data/ that this model is trained on
 
@@ -41,7 +41,7 @@ class Config:
     readout: str = "bayes"      # bayes: prior + z.E/sigma^2; edm: the paper's, c_skip z + c_out F
     z_rate: float = 0.1         # scale of z's projection, which starts at 0: how fast z is learned
     table_seed: int = 0         # seed of the target embedding; the same in every block
-    noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=3))
+    noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=3, p_mean=0.5, p_std=1.0))
 
     def __post_init__(self):
         split_layers(self.n_layer, self.noise.n_blocks, self.layer_split)
@@ -63,7 +63,7 @@ class Config:
 # paper and the heavy recipe of the released code; warm-up is 10 epochs of 391 updates. What the paper does
 # not say of Tiny-ImageNet (heads, MLP, dropout, augmentation, warm-up) is taken from cifar100 or ViT-B.
 PAPER = dict(dropout=0.1, n_mlp=3072, patch_size=4, augment="crop,flip,rand", beta2=0.999, weight_decay=0.01,
-             final_lr=0.1)
+             final_lr=0.1, p_mean=-1.2, p_std=1.2)
 PRESETS = {
     "default": dict(steps=1500, batch_size=64, lr=2e-3, warmup=100, weight_decay=0.5),
     "cifar100": dict(PAPER, data="uoft-cs/cifar100", n_layer=12, n_blocks=3, n_head=4, n_embd=128, n_cond=22,
@@ -76,12 +76,13 @@ PRESETS = {
 @dataclass
 class Sampling:
     n_images: int = 10          # held-out images to classify
-    temperature: float = 0.0    # scale of the starting noise; 0: deterministic, the most probable label
-    euler_steps: int = 0        # noise levels visited for each image; 0: max(n_blocks + 1, 4)
+    sampler: str = "ensemble"   # of blocks: ensemble, their mean log p; or euler, a chain over noise levels
+    temperature: float = 0.0    # euler: scale of the starting noise; 0: deterministic
+    euler_steps: int = 0        # euler: noise levels visited for each image; 0: max(n_blocks + 1, 4)
 
     def __post_init__(self):
-        if self.n_images < 1 or self.temperature < 0:
-            raise ValueError("n_images must be at least 1, temperature not negative")
+        if self.n_images < 1 or self.temperature < 0 or self.sampler not in ("euler", "ensemble"):
+            raise ValueError("need n_images > 0, temperature of at least 0, sampler ensemble or euler")
 
 
 # ---- The transformer layer --------------------------------------------------------------------------------
@@ -115,8 +116,8 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm layer without a causal order. Modulated, it is DiT's adaLN-Zero: the condition shifts, scales
-    and gates both sub-layers, and the gates start at 0."""
+    """Pre-norm layer without a causal order. Modulated (adaLN), the condition shifts, scales and gates both
+    sub-layers. The modulation is zero-initialised around the plain layer: gates start at 1, not 0 (DiT)."""
 
     def __init__(self, config, modulated=False):
         super().__init__()
@@ -133,8 +134,8 @@ class EncoderLayer(nn.Module):
             x = x + self.attention(self.norm1(x))
             return x + self.mlp(self.norm2(x))
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)
-        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + (1 + gate1) * self.attention(self.norm1(x) * (1 + scale1) + shift1)
+        return x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 def patches(x, size):
@@ -182,7 +183,7 @@ def init_fan_in(net):
         elif p.dim() == 3:
             nn.init.normal_(p)  # positions, as large as patches: at std 0.02 they are learned late, if at all
         elif "modulation" in name or name.startswith("z_in"):
-            nn.init.zeros_(p)   # adaLN-Zero; and at sigma_max z is pure noise: it enters at 0
+            nn.init.zeros_(p)   # at sigma_max z is pure noise: it enters at 0
         else:
             depth = 2 * len(net.layers) if name.endswith("out.weight") else 1
             nn.init.normal_(p, std=(p.shape[1] * depth) ** -0.5)
@@ -267,20 +268,21 @@ class EndToEnd(nn.Module):
 # ---- Classification and evaluation ------------------------------------------------------------------------
 
 @torch.no_grad()
-def classify(nets, x, euler_steps=0, temperature=0.0):
+def classify(nets, x, sampler="ensemble", euler_steps=0, temperature=0.0):
     """Labels (B,) of images x (B, K, H, W). nets: the list of blocks, or one EndToEnd."""
     if isinstance(nets, EndToEnd):
         return nets.logits(x).argmax(-1)
-    noise, table = nets[0].noise, nets[0].table
-    return decode_labels(lambda b, z, sigma: nets[b].logits(x, z, sigma), (len(x),), table, noise,
-                         noise.steps(euler_steps), temperature)
+    how = (lambda b, z, sigma: nets[b].logits(x, z, sigma)), (len(x),), nets[0].table, nets[0].noise
+    if sampler == "ensemble":
+        return ensemble(*how, range(len(nets))).argmax(-1)
+    return decode_labels(*how, nets[0].noise.steps(euler_steps), temperature)
 
 
 def sample(nets, sampling, data):
     """Held-out images, classified, as one printable text."""
     config = (nets[0] if isinstance(nets, list) else nets).config
     x, label = data.held_out(sampling.n_images, config)
-    found = classify(nets, x, sampling.euler_steps, sampling.temperature)
+    found = classify(nets, x, sampling.sampler, sampling.euler_steps, sampling.temperature)
     return "\n".join(f"image {i}: {data.names[a]}, classified as {data.names[b]}"
                      for i, (a, b) in enumerate(zip(label.tolist(), found.tolist())))
 
@@ -296,9 +298,10 @@ def evaluate(blocks, others, data):
             nats[name] += cross_entropy(net.logits(x), label).sum().item()
             right[name] += (classify(net, x) == label).sum().item()
         nats.update(score_labels(lambda b, z, sigma: blocks[b].logits(x, z, sigma), label, table, noise, 16))
-        right["blocks from z = 0"] += (classify(blocks, x) == label).sum().item()
+        right["blocks (ensemble)"] += (classify(blocks, x) == label).sum().item()
+        right["blocks from z = 0"] += (classify(blocks, x, "euler") == label).sum().item()
         for _ in range(8):
-            right["blocks from noise"] += (classify(blocks, x, temperature=1.0) == label).sum().item() / 8
+            right["blocks from noise"] += (classify(blocks, x, "euler", 0, 1.0) == label).sum().item() / 8
     scores = {name: {"accuracy, %": 100 * n / len(labels)} for name, n in right.items()}
     for name, n in nats.items():
         scores.setdefault(name, {})["bits per label"] = n / math.log(2) / len(labels)

@@ -3,13 +3,11 @@
     python results/study.py                      # names all rows
     python results/study.py gpt_short            # trains and scores one: OUT/study/gpt_short.jsonl
     python results/study.py --checkpointing mdm  # the checkpointing baseline: OUT/checkpointing/mdm.json
-    python results/study.py --edges out/gpt/probe.json --blocks 4   # inner ends at equal drops of the loss
 
 A row's file holds what it rests on, the logs of training and, in its last line, the tables of its evaluation;
 table.py reads a copy in results/study. Cut off, the command goes on where it was. Flags of train.py after a
 row outvote its own: `gpt_short --steps 20`. The checkpointing baseline is the whole network with checkpointed
 activations, in as many pieces as make it fit a block's memory, for the time of all blocks, those in OUT."""
-import importlib
 import json
 import statistics
 from dataclasses import replace
@@ -17,22 +15,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 
 import bench
 import frechet
 import probe
-from common import HERE, Parser, UserError, about, begin, interleaved, learner, run, train, write
-from diffusion_blocks import seed_of, target_table
+from common import Parser, UserError, about, begin, interleaved, learner, run, train, write
+from diffusion_blocks import seed_of
 
 
 def rows():
-    """{name: (model, flags, variant)}; a variant is a function below that changes what no flag can."""
+    """{name: (model, flags)}."""
     found = {}
 
-    def row(name, model, flags, variant=None):
-        found[name] = model, flags.split(), variant
+    def row(name, model, flags):
+        found[name] = model, flags.split()
     # the paper's partition study, at its depth: 12 layers, 3 blocks, no overlap
     for edges in ("probability", "uniform"):
         for split in ("4,4,4", "3,6,3", "6,4,2", "2,4,6"):
@@ -44,7 +40,6 @@ def rows():
         row(f"vit12_b{n}", "vit", f"--n-layer 12 --n-blocks {n} --steps 1500")
     for gamma in ("0.1", "0.2"):  # 0 is dit12_probability_444, 0.05 dit12_b3
         row(f"dit12_gamma_{gamma}", "dit", f"--n-layer 12 --gamma {gamma} --steps 1000")
-    row("vit_gates_1", "vit", "", gates_1)
     row("mdm_middle", "mdm", "--n-layer 18 --n-blocks 3")  # block 1 alone: six layers, on a third of t
     # mdm's control, two layers for all t, with MD4's other schedule, which trains more on many masks
     row("mdm_cosine", "mdm", "--n-layer 2 --n-blocks 1 --schedule cosine")
@@ -56,67 +51,7 @@ def rows():
     row("gpt_range", "gpt", f"{short} --sigma-min 0.15 --sigma-max 20 --p-mean -0.3 --p-std 0.8")
     row("gpt_edm_readout", "gpt", f"{short} --readout edm")
     row("gpt_weighted", "gpt", f"{short} --weighting edm")
-    row("gpt_batch_mean", "gpt", f"{short} --weighting edm", batch_mean)
-    row("gpt_learned_table", "gpt", short, learned_table)
-    if (probed := HERE / "probe" / "gpt.json").exists():
-        row("gpt_equal_information", "gpt", f"{short} --edges {equal_information(probed, 4)}")
     return found
-
-
-def batch_mean(module, out):
-    """The released code's loss: (N,) times (N, 1), whose mean is the product of two means."""
-    def score_loss(error, y, noise, block):
-        level = noise.sample(block, len(y), y.device)                        # (B,)
-        return noise.weight(level).mean() * error(noise.corrupt(y, level), level).mean()
-    module.score_loss = score_loss
-
-
-def learned_table(module, out):
-    """Block 0 trains its table with all else; the other blocks have it frozen."""
-    class Block(module.Block):
-        def __init__(self, config, b):
-            super().__init__(config, b)
-            del self.table
-            if b == 0:
-                rows = target_table(config.vocab_size, config.n_embd, config.table_seed)
-                self.rows = nn.Parameter(rows.clone())
-            else:
-                state = torch.load(out / "gpt" / "block_0.pt", weights_only=True)
-                self.register_buffer("rows", state["net"]["rows"])
-
-        table = property(lambda self: F.normalize(self.rows, dim=-1))        # (V, C)
-    module.Block = Block
-
-
-def gates_1(module, out):
-    """The residual gates of the blocks' layers are 1 before training, not 0."""
-    class Block(module.Block):
-        def __init__(self, config, b):
-            super().__init__(config, b)
-            for layer in self.layers:  # shift, scale, gate of attention, then of the MLP
-                layer.modulation.bias.data.view(6, -1)[[2, 5]] = 1.0
-    module.Block = Block
-
-
-def equal_information(path, n_blocks):
-    """The value of --edges that gives every block an equal drop of the cross-entropy in a log of probe.py,
-    each level scored by the block that owns it. Raises UserError."""
-    if not path.exists():
-        raise UserError(f"there is no {path}; results/probe.py writes OUT/MODEL/probe.json")
-    report = json.loads(path.read_text())
-    if n_blocks < 2 or report.get("curve", {}).get("unit") not in ("bits per label", "bits per byte"):
-        raise UserError("need --blocks of at least 2 and a log of probe.py of vit, gpt or recurrent")
-    sigma, spans, loss = report["curve"]["level"], report["intervals"], [0.0]
-    for i, s in enumerate(sigma):
-        owner = next(b for b, (lo, _) in enumerate(spans) if s > lo or b == len(spans) - 1)
-        loss.append(max(loss[-1], report["curve"]["blocks"][owner][i]))  # noise must not turn it back
-    edges, loss = [], loss[1:]
-    for k in range(1, n_blocks):
-        wanted = loss[0] + k / n_blocks * (loss[-1] - loss[0])
-        i = next(i for i in range(1, len(loss)) if loss[i] >= wanted)
-        part = (wanted - loss[i - 1]) / (loss[i] - loss[i - 1])
-        edges.append(f"{sigma[i - 1] ** (1 - part) * sigma[i] ** part:.4g}")
-    return ",".join(edges)
 
 
 def tables_of(name, model, where):
@@ -140,11 +75,9 @@ def tables_of(name, model, where):
 
 def run_row(row, own, more, argv):
     """Train a row's blocks, or what is left of that, score them, and write what was found."""
-    (model, flags, variant), part = rows()[row], "1" if row == "mdm_middle" else "all"
+    (model, flags), part = rows()[row], "1" if row == "mdm_middle" else "all"
     out = Path(own.out) / "study" / f"{row}{f'_seed{own.seed}' if own.seed else ''}"
     where, seed = ["--threads", str(own.threads), "--out", str(out)], ["--seed", str(own.seed)]
-    if variant:
-        variant(importlib.import_module(model), out)
     command = ["--model", model, "--block", part, *flags, *seed, *where, *more]
     train.main([*command, "--resume"])
     if model == "dit":  # the judge of its images
@@ -203,8 +136,6 @@ def main(argv):
     parser = Parser(__doc__)
     parser.add_argument("row", nargs="?")
     parser.add_argument("--checkpointing", metavar="MODEL")
-    parser.add_argument("--edges", metavar="PROBE.json", type=Path)
-    parser.add_argument("--blocks", type=int, default=4, help="of --edges (default: 4)")
     parser.add_argument("--out", default="out", help="(default: out)")
     parser.add_argument("--seed", type=int, default=0, help="of a row (default: 0)")
     parser.add_argument("--threads", type=int, default=1, help="(default: 1)")
@@ -217,11 +148,9 @@ def main(argv):
         run_row(own.row, own, more, argv)
     elif own.checkpointing:
         checkpointing(own.checkpointing, own, argv)
-    elif own.edges:
-        print(f"--edges {equal_information(own.edges, own.blocks)}")
     else:
-        for name, (model, flags, variant) in rows().items():
-            print(f"{name}: --model {model} {' '.join(flags)}{f' ({variant.__doc__})' if variant else ''}")
+        for name, (model, flags) in rows().items():
+            print(f"{name}: --model {model} {' '.join(flags)}")
 
 
 if __name__ == "__main__":
