@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn as nn
 
-from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, decode_labels, score_loss, split_layers,
+from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, ensemble, score_loss, split_layers,
                               target_table)
 
 DATA = "images"  # a batch is images (B, K, H, W) in [-1, 1] and labels (B,)
@@ -22,7 +22,7 @@ class Config:
     image_size: int = 0     # pixels of a side; set from the data, as the next two
     n_channel: int = 0      # colours
     n_class: int = 0        # classes
-    noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=3))
+    noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=3, p_mean=0.5, p_std=1.0))
 
     def control(self):
         return replace(self, n_layer=self.n_layer // self.noise.n_blocks, noise=LogNormal())
@@ -81,9 +81,9 @@ class Block(EndToEnd):
 @torch.no_grad()
 def evaluate(blocks, others, data):
     """{title: {row: {column: number}}} of the blocks and of others {"end to end": net, "control": net}."""
-    (x, label), noise = data.held_out(0, None), blocks[0].noise
-    guess = decode_labels(lambda b, z, sigma: blocks[b].denoise(x, z, sigma), label.shape, blocks[0].table,
-                          noise, noise.steps())
+    x, label = data.held_out(0, None)
+    guess = ensemble(lambda b, z, sigma: blocks[b].denoise(x, z, sigma), label.shape, blocks[0].table,
+                     blocks[0].noise, range(len(blocks))).argmax(-1)
     found = {name: net.logits(x).argmax(-1) for name, net in others.items()} | {"blocks": guess}
     return {"held-out images": {name: {"accuracy, %": 100 * (guess == label).float().mean().item()}
                                 for name, guess in found.items()}}
