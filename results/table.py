@@ -80,20 +80,26 @@ def described(mark):
 
 def main_table():
     """A row for each model: its task, its figure of merit, and the memory of an update."""
-    bits = "bits per byte on held-out text{}/{{}}/bits per byte:3"
-    bound, first = "blocks (bound)", "blocks from z = 0"
-    rows = [("vit", "8x8 digits, 3 blocks: accuracy, % ↑", "held-out images/{}/accuracy, %:1", first),
-            ("dit", "8x8 digits, 3 blocks: denoising loss ↓", "denoising loss by block/*/{}:3", "blocks"),
-            ("gpt", "Python sources, 4 blocks: bits per byte ↓", bits.format(""), bound),
-            ("mdm", "Python sources, 3 blocks: bits per byte ↓", bits.format(" (bound)"), "blocks"),
-            ("recurrent", "Python sources, equal updates: bits per byte ↓", bits.format(""), bound)]
+    bits, bound = "bits per byte on held-out text{}/{{}}/bits per byte:3", "blocks (bound)"
+    rows = [("vit", "CIFAR-100, 3 blocks", "accuracy, % ↑", "cifar100_seed*",
+             "held-out images/{}/accuracy, %:1", "blocks from z = 0"),
+            ("gpt", "Python sources, 4 blocks", "bits per byte ↓", "ensemble_seed*", bits.format(""), bound),
+            ("recurrent", "Python sources, 1 block", "bits per byte ↓", "", bits.format(""), bound),
+            ("mdm", "Python sources, 3 blocks", "bits per byte ↓", "", bits.format(" (bound)"), "blocks"),
+            ("dit", "8x8 digits, 3 blocks", "denoising loss ↓", "", "denoising loss by block/*/{}:3",
+             "blocks")]
     head = ["", "task and figure of merit", "end to end", "control: one block's layers",
-            "**blocks, each trained alone**", "memory of a block's update, % of end to end (peak)"]
-    return markdown(head, [
-        [f"`{model}.py`", task, *(cell(f"{model}/seed*/eval.json/tables/{place.format(who)}")
-                                  for who in ("baseline", "control", blocks)),
-         cell(f"memory/default/{model}.json/tables/of end to end, %/one block/peak:0")]
-        for model, task, place, blocks in rows])
+            "**blocks, a chain over noise levels**", "**blocks, averaged**",
+            "peak memory of a block's update, % of end to end"]
+    lines = []
+    for model, task, merit, new, place, blocks in rows:         # the logs of some rows are older
+        names = ["end to end" if new else "baseline", "control", blocks] + ["blocks (ensemble)"] * bool(new)
+        cells = [cell(f"{model}/{new or 'seed*/eval'}.json/tables/{place.format(name)}") for name in names]
+        peak = cell(f"memory/{'cifar100' if model == 'vit' else 'default'}/{model}.json"
+                    f"/tables/of end to end, %/one block/peak:0")
+        lines.append([f"`{model}.py`", f"{task}{'' if new else ' †'}: {merit}", *cells,
+                      *[""] * (4 - len(cells)), peak])
+    return markdown(head, lines)
 
 
 def exchanged(model):
