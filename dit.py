@@ -112,27 +112,23 @@ class FeedForward(nn.Module):
         return self.dropout(self.out(h))
 
 
-class EncoderLayer(nn.Module):
-    """Pre-norm layer without a causal order. Modulated (adaLN), the condition shifts, scales and gates both
-    sub-layers. The modulation is zero-initialised around the plain layer: gates start at 1, not 0 (DiT)."""
+class DiTLayer(nn.Module):
+    """Pre-norm layer without a causal order. The condition shifts, scales and gates both sub-layers
+    (adaLN-Zero): the gates start at 0, as DiT's."""
 
-    def __init__(self, config, modulated=False):
+    def __init__(self, config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.n_embd, eps=1e-6, elementwise_affine=not modulated)
+        self.norm1 = nn.LayerNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
         self.attention = SelfAttention(config)
-        self.norm2 = nn.LayerNorm(config.n_embd, eps=1e-6, elementwise_affine=not modulated)
+        self.norm2 = nn.LayerNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
         self.mlp = FeedForward(config)
-        if modulated:
-            self.modulation = nn.Linear(config.n_cond, 6 * config.n_embd)
+        self.modulation = nn.Linear(config.n_cond, 6 * config.n_embd)
 
-    def forward(self, x, cond=None):
-        """x (B, T, C), cond (B, 1, n_cond) or None -> (B, T, C)."""
-        if cond is None:
-            x = x + self.attention(self.norm1(x))
-            return x + self.mlp(self.norm2(x))
+    def forward(self, x, cond):
+        """x (B, T, C), cond (B, 1, n_cond) -> (B, T, C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)
-        x = x + (1 + gate1) * self.attention(self.norm1(x) * (1 + scale1) + shift1)
-        return x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        x = x + gate1 * self.attention(self.norm1(x) * (1 + scale1) + shift1)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 def patches(x, size):
@@ -200,7 +196,7 @@ class Block(nn.Module):
         self.register_buffer("position", positions, persistent=False)
         self.patch_in = nn.Linear(n_pixel, config.n_embd)
         self.condition = Condition(config)
-        self.layers = nn.ModuleList(EncoderLayer(config, modulated=True) for _ in layers)
+        self.layers = nn.ModuleList(DiTLayer(config) for _ in layers)
         self.norm = nn.LayerNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
         self.modulation = nn.Linear(config.n_cond, 2 * config.n_embd)
         self.patch_out = nn.Linear(config.n_embd, n_pixel)

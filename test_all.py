@@ -118,7 +118,7 @@ def record(module, monkeypatch):
 
 # loss and sum of |gradients|: of a fresh network, and of one with every parameter moved. The recurrent
 # baseline's are of the old code with the two changes that the new one makes: the first state is drawn by
-# erfinv, and the passes are 1 + Poisson(3), so the mean is mean_passes. vit's, dit's: since gates start at 1
+# erfinv, and the passes are 1 + Poisson(3), so the mean is mean_passes. vit's blocks: since gates start at 1
 GOLDEN = [
     (gpt, {}, "block_0 block_1 end_to_end control", [
         [2.066228, 47.52098, 2.185629, 149.9363], [.3053154, 18.03651, .2951656, 60.28576],
@@ -127,8 +127,8 @@ GOLDEN = [
         [1.62422, 216.6492, 2.57153, 462.3892], [.4822856, 125.3076, .7110007, 277.8672],
         [2.783963, 399.9604, 3.202677, 582.4865], [2.418402, 232.2355, 2.548443, 454.3647]]),
     (dit, {}, "block_0 block_1 end_to_end control", [
-        [1.04864, 9.008853, 1.299112, 98.05996], [1.058097, 6.069858, 1.37644, 117.1226],
-        [1.036943, 7.581293, 1.342286, 146.1831], [1.036943, 7.335502, 1.298075, 94.94549]]),
+        [1.04864, 8.054747, 1.395229, 37.71406], [1.058097, 6.045897, 1.391394, 35.49639],
+        [1.036943, 6.798394, 1.390885, 61.8035], [1.036943, 6.867258, 1.372071, 35.78201]]),
     (mdm, {}, "block_0 block_1 end_to_end control", [
         [4.08305, 21.20951, 4.438284, 135.9221], [3.274767, 31.30708, 3.398198, 166.372],
         [3.39958, 23.70708, 3.518213, 194.4144], [3.39958, 23.38088, 3.563424, 133.4495]]),
@@ -170,7 +170,7 @@ def test_samples_are_those_of_the_first_version():
         assert text[0].tolist()[-len(expected):] == expected
     assert vit.classify(made(vit), IMAGES, "euler", 4, temperature=1.0).tolist() == [6, 1, 3, 3, 3, 3]
     size = dit.generate_images(made(dit), LABELS, 6, 1.5).abs().sum().item()
-    assert size == pytest.approx(579.0039, rel=1e-4)
+    assert size == pytest.approx(602.6353, rel=1e-4)
 
 
 def test_draws_and_shares_of_the_bound_are_those_of_the_first_version():
@@ -339,7 +339,7 @@ def test_each_level_runs_its_owner_only_and_a_chain_starts_at_the_full_noise(mod
         assert first.std().item() == pytest.approx(80, rel=.15)
 
 
-@each(gpt, vit, dit, recurrent)
+@each(gpt, vit, recurrent)
 def test_a_fresh_modulated_layer_is_a_plain_one(module):
     block, x, cond = module.Block(tiny(module), 0), torch.randn(2, 9, 32), torch.randn(2, 1, 8)
     layer = (block.core if module is recurrent else block.layers)[0]
