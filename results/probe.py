@@ -183,7 +183,7 @@ def score_text(judge, tokens, start, data):
 def continued_text(setup, blocks, baseline):
     """Half a window after held-out quarters of one; the judge is the baseline, which favours its own text."""
     start, stop = setup.config.seq_len // 4, 3 * setup.config.seq_len // 4
-    rows, key = (32, "n_passes") if setup.model == "recurrent" else (64, "euler_steps")
+    rows, key, more = (64, "euler_steps", {"sampler": "euler"}) if setup.model == "gpt" else (32, "n_passes", {})
     held_out = setup.data.held_out(rows, setup.config)[:, :stop]
 
     def score(nets, **how):
@@ -192,7 +192,7 @@ def continued_text(setup, blocks, baseline):
         return score_text(baseline, tokens, start, setup.data)
     return {"held-out text": score_text(baseline, held_out, start, setup.data)} | {
         f"baseline, temperature {t}": score(baseline, temperature=t) for t in (0.7, 0.85, 1.0)} | {
-        f"blocks, temperature {t}, {n} levels": score(blocks, temperature=t, **{key: n})
+        f"blocks, temperature {t}, {n} levels": score(blocks, temperature=t, **more, **{key: n})
         for t, n in ((0.0, 32), (0.7, 32), (0.85, 32), *((1.0, n) for n in LEVELS[1:]))}
 
 
