@@ -61,7 +61,7 @@ def learner(setup, part, checkpointed=False):
     n_pieces, bf16 = training.accumulate, training.precision == "bf16"
     torch.manual_seed(seed)
     net = train.build(setup.module, setup.config, part).to(device).train()
-    average = copy.deepcopy(net) if training.ema else None
+    average = copy.deepcopy(net).requires_grad_(False) if training.ema else None
     optimizer = train.make_optimizer(net, training, device)
     train.prepare_layers(net, training, replace(setup.run, checkpoint_activations=checkpointed))
 
@@ -76,8 +76,7 @@ def learner(setup, part, checkpointed=False):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if average is not None:
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 0.1)
+            torch._foreach_lerp_(list(average.parameters()), [p.data for p in net.parameters()], 0.1)
     return net, optimizer, average, update
 
 

@@ -25,7 +25,7 @@ from diffusion_blocks import seed_of
 
 def rows():
     """{name: (model, flags)}."""
-    found = {}
+    found, edm = {}, "--p-mean -1.2 --p-std 1.2"  # the paper's noise, as recorded
 
     def row(name, model, flags):
         found[name] = model, flags.split()
@@ -37,20 +37,20 @@ def rows():
     for n in (1, 2, 3, 4, 6):
         row(f"dit12_b{n}", "dit", f"--n-layer 12 --n-blocks {n} --steps 1000")
         row(f"mdm12_b{n}", "mdm", f"--n-layer 12 --n-blocks {n} --seq-len 128 --steps 500")
-        row(f"vit12_b{n}", "vit", f"--n-layer 12 --n-blocks {n} --steps 1500")
+        row(f"vit12_b{n}", "vit", f"--n-layer 12 --n-blocks {n} --steps 1500 {edm}")
     for gamma in ("0.1", "0.2"):  # 0 is dit12_probability_444, 0.05 dit12_b3
         row(f"dit12_gamma_{gamma}", "dit", f"--n-layer 12 --gamma {gamma} --steps 1000")
     row("mdm_middle", "mdm", "--n-layer 18 --n-blocks 3")  # block 1 alone: six layers, on a third of t
     # mdm's control, two layers for all t, with MD4's other schedule, which trains more on many masks
     row("mdm_cosine", "mdm", "--n-layer 2 --n-blocks 1 --schedule cosine")
-    short = "--steps 400"  # gpt: half of the default's updates, 4 blocks of 2 layers
+    short = f"--steps 400 {edm}"  # gpt: half of the default's updates, 4 blocks of 2 layers
     row("gpt_short", "gpt", short)
     for gamma in ("0", "0.05", "0.2"):
         row(f"gpt_gamma_{gamma}", "gpt", f"{short} --gamma {gamma}")
     row("gpt_uniform", "gpt", f"{short} --edges uniform")
     row("gpt_range", "gpt", f"{short} --sigma-min 0.15 --sigma-max 20 --p-mean -0.3 --p-std 0.8")
-    row("gpt_edm_readout", "gpt", f"{short} --readout edm")
-    row("gpt_weighted", "gpt", f"{short} --weighting edm")
+    for name, flags in (("edm_readout", "--readout edm"), ("weighted", "--weighting edm")):
+        row(f"gpt_{name}", "gpt", f"{short} {flags}")
     return found
 
 
