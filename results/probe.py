@@ -15,7 +15,6 @@ from unittest.mock import patch
 import torch
 
 from common import Parser, UserError, about, begin, load, run, write  # first: it puts the models on the path
-
 import dit
 import mdm
 import recurrent
@@ -183,7 +182,8 @@ def score_text(judge, tokens, start, data):
 def continued_text(setup, blocks, baseline):
     """Half a window after held-out quarters of one; the judge is the baseline, which favours its own text."""
     start, stop = setup.config.seq_len // 4, 3 * setup.config.seq_len // 4
-    rows, key, more = (64, "euler_steps", {"sampler": "euler"}) if setup.model == "gpt" else (32, "n_passes", {})
+    rows, more = (64, {"sampler": "euler"}) if setup.model == "gpt" else (32, {})
+    key = "euler_steps" if more else "n_passes"
     held_out = setup.data.held_out(rows, setup.config)[:, :stop]
 
     def score(nets, **how):
