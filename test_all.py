@@ -826,7 +826,7 @@ def test_a_model_trains_resumes_is_scored_and_sampled_and_on_a_gpu_no_update_wai
         train.main([f"--model={model}", "--end-to-end", f"--out={tmp_path}", "--resume"])
         train.main([*common, "--block=all"])
         train.main([*common, "--control"])
-        assert gpu.updates == 10 if model == "recurrent" else 14
+        assert gpu.updates == (10 if model == "recurrent" else 14)
         train.main([f"--model={model}", "--eval", f"--out={tmp_path}"])
         for part in ([], ["--end-to-end"], ["--control"]):
             capsys.readouterr()

@@ -391,7 +391,7 @@ def parse(argv):
         raise UserError(f"{known.model}.py lacks {', '.join(lacks) or f'a preset {known.preset!r}'}")
     source, preset = importlib.import_module(f"data.{module.DATA}"), module.PRESETS[known.preset]
     parser = argparse.ArgumentParser(
-        description=__doc__, parents=[first], allow_abbrev=False, exit_on_error=False,  # but an ArgumentError
+        description=__doc__, parents=[first], allow_abbrev=False, exit_on_error=False,  # it raises
         formatter_class=argparse.RawDescriptionHelpFormatter)
     part, act = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
     part.add_argument("--block", metavar="N|all", help="train block N alone, or every block in turn")
@@ -495,6 +495,6 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (UserError, argparse.ArgumentError) as e:
         sys.exit(f"error: {e}")
-    except (BrokenPipeError, KeyboardInterrupt):  # as of `| head`
+    except (BrokenPipeError, KeyboardInterrupt):  # as of `| head`, or of Ctrl-C
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

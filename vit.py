@@ -6,8 +6,8 @@ noise level (adaLN), and reads the label from that token.
 
     loss of block b = E over sigma in its interval of  CE(prior_b(x, z, sigma) + z @ E^T / sigma^2, label)
 
-To classify, start from z = 0 (or from noise) and let the blocks move z towards a row of E. `EndToEnd` is the
-baseline: a plain pre-norm ViT with CLS, cross-entropy, no noise.
+To classify, average what the blocks say at z = 0, or let them move z, from 0 or noise, towards a row of E.
+`EndToEnd` is the baseline: a plain pre-norm ViT with CLS, cross-entropy, no noise.
 """
 import math
 from collections import Counter
