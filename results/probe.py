@@ -7,8 +7,7 @@ core: 5 to 20. "steps" needs a judge in OUT: for dit the end-to-end vit.py, for 
 curve: the loss of every block at every noise level, also where it was not trained; beside it the exact
 posterior from z alone, without a network, baseline and control. "z = 0": the block without a noisy target.
 steps, of seed 0 only: what the sampler makes of another number of levels, and without a block (the chain
-skips its levels); generated text or images. The bound of the sampler is that of the ancestral one which
-visits these levels, on -log p(y | x), with both of its ends."""
+skips its levels); generated text or images."""
 import math
 from unittest.mock import patch
 
@@ -18,7 +17,7 @@ from common import Parser, UserError, about, begin, load, run, write  # first: i
 import dit
 import mdm
 import recurrent
-from diffusion_blocks import bayes_logits, bound_ends, cross_entropy, decode_labels
+from diffusion_blocks import bayes_logits, cross_entropy, decode_labels
 from frechet import batched, frechet_distance, judge_of
 
 LEVELS = (1, 2, 3, 4, 5, 8, 16, 32, 64)  # of a chain; with one level it is block 0 alone
@@ -69,21 +68,6 @@ def plain_logits(net, x, *how):
     return found[0] if isinstance(found, tuple) else found
 
 
-def sampler_bound(logits, target, table, noise, steps):
-    """The bound, nats over the batch, on -log p(target | x) of the ancestral sampler that visits `steps` from
-    sigma_max to sigma_min (the discrete-time loss of VDM, arXiv 2107.00630), from one draw for each level.
-    As the steps get finer it falls to the bound of `score_labels`."""
-    y, total = table[target], 0.0
-    for sigma, lower in zip(steps[:-1].tolist(), steps[1:].tolist()):
-        level = torch.full((len(y),), sigma, device=y.device)
-        d = logits(noise.block_of(sigma), noise.corrupt(y, level), level).softmax(-1) @ table
-        total += (lower ** -2 - sigma ** -2) / 2 * (y - d).pow(2).sum().item()
-
-    def last(z, sigma):
-        return cross_entropy(logits(noise.n_blocks - 1, z, sigma), target).view(len(y), -1).sum(1)
-    return total + len(y) * sum(bound_ends(last, y, noise))
-
-
 class Labels:
     """Held-out batches (x, target, logits), and means over them; few images are taken several times."""
 
@@ -119,10 +103,6 @@ class Labels:
         """Logits of the exact posterior from z and the frequencies of the targets, whatever the block."""
         return bayes_logits(self.prior, z, sigma, self.table)
 
-    def bound(self, steps, logits=None):
-        return self.scale * self.total(
-            lambda x, target, own: sampler_bound(logits or own, target, self.table, self.noise, steps))
-
     def plain(self, net, *how):
         """Bits of a baseline or control."""
         return self.scale * self.total(
@@ -151,9 +131,6 @@ def label_steps(setup, blocks, baseline, control):
     for n in LEVELS:
         steps = noise.steps(max(2, n))[:n]
         row = tables["levels"][n] = labels.chain(steps)
-        if n > 1:
-            row[f"bound of the sampler, {labels.unit}"] = labels.bound(steps)
-            row["the same from z alone (Bayes)"] = labels.bound(steps, labels.z_alone)
         if setup.model == "recurrent":
             row[f"baseline, {labels.unit}"] = labels.plain(baseline, n)
     for b in range(len(blocks)):

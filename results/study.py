@@ -1,34 +1,70 @@
 """The studies of results/README.md, a command for each row:
 
-    python results/study.py                      # names all rows
-    python results/study.py gpt_short            # trains and scores one: OUT/study/gpt_short.jsonl
-    python results/study.py --checkpointing mdm  # the checkpointing baseline: OUT/checkpointing/mdm.json
+    python results/study.py              # names all rows
+    python results/study.py gpt_short    # trains and scores one: OUT/study/gpt_short.jsonl
 
 A row's file holds what it rests on, the logs of training and, in its last line, the tables of its evaluation;
 table.py reads a copy in results/study. Cut off, the command goes on where it was. Flags of train.py after a
-row outvote its own: `gpt_short --steps 20`. The checkpointing baseline is the whole network with checkpointed
-activations, in as many pieces as make it fit a block's memory, for the time of all blocks, those in OUT."""
+row outvote its own: `gpt_short --steps 20`. Some rows put a class of this file in the place of a model's."""
+import importlib
 import json
-import statistics
-from dataclasses import replace
+import math
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
+import torch.nn as nn
 
-import bench
+from common import Parser, UserError, about, begin, run, train  # first: it puts the models on the path
+import diffusion_blocks
+import ensemble
 import frechet
+import gpt
 import probe
-from common import Parser, UserError, about, begin, interleaved, learner, run, train, write
-from diffusion_blocks import seed_of
+from diffusion_blocks import cross_entropy, to_device
+
+
+class Modulated(gpt.EndToEnd):
+    """gpt's baseline or control with a block's adaLN; its condition is the same for all inputs."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList(gpt.Layer(config, modulated=True) for _ in range(config.n_layer))
+        self.noise_embedding = gpt.NoiseEmbedding(config.n_cond)
+        self.modulation = nn.Linear(config.n_cond, 2 * config.n_embd)
+        gpt.init_weights(self)
+
+    def logits(self, x, cache=None):
+        cond, h = self.noise_embedding(torch.ones(1)), self.embed(x)         # (1, 1, n_cond), (B, T, C)
+        for layer in self.layers:
+            h, _ = layer(h, cond=cond)                                       # (B, T, C)
+        shift, scale = self.modulation(cond).chunk(2, dim=-1)                # (1, 1, C) each
+        return self.head(self.norm(h) * (1 + scale) + shift).float(), None
+
+
+class Unmodulated(gpt.Block):
+    """gpt's block whose adaLN stays at its first value, which is zero."""
+
+    def __init__(self, config, b):
+        super().__init__(config, b)
+        for part in [self, *self.layers]:
+            part.modulation.requires_grad_(False)
+
+
+class PreferOwn(diffusion_blocks.Masking):
+    """Half of the times from the block's own interval, the other half from all times."""
+
+    def sample(self, block, n, device="cpu"):
+        u, (lo, hi) = 2 * (torch.rand(1, dtype=torch.float64) + torch.arange(n)) / n, self.widened(block)
+        return to_device(torch.where(u < 1, lo + u * (hi - lo), u - 1).float(), device)
 
 
 def rows():
-    """{name: (model, flags)}."""
+    """{name: (model, flags, what it changes in the model file)}."""
     found, edm = {}, "--p-mean -1.2 --p-std 1.2"  # the paper's noise, as recorded
 
-    def row(name, model, flags):
-        found[name] = model, flags.split()
+    def row(name, model, flags, part="--block all", **changes):
+        found[name] = model, f"{part} {flags}".split(), changes
     # the paper's partition study, at its depth: 12 layers, 3 blocks, no overlap
     for edges in ("probability", "uniform"):
         for split in ("4,4,4", "3,6,3", "6,4,2", "2,4,6"):
@@ -40,7 +76,7 @@ def rows():
         row(f"vit12_b{n}", "vit", f"--n-layer 12 --n-blocks {n} --steps 1500 {edm}")
     for gamma in ("0.1", "0.2"):  # 0 is dit12_probability_444, 0.05 dit12_b3
         row(f"dit12_gamma_{gamma}", "dit", f"--n-layer 12 --gamma {gamma} --steps 1000")
-    row("mdm_middle", "mdm", "--n-layer 18 --n-blocks 3")  # block 1 alone: six layers, on a third of t
+    row("mdm_middle", "mdm", "--n-layer 18 --n-blocks 3", "--block 1")  # six layers, on a third of t
     # mdm's control, two layers for all t, with MD4's other schedule, which trains more on many masks
     row("mdm_cosine", "mdm", "--n-layer 2 --n-blocks 1 --schedule cosine")
     short = f"--steps 400 {edm}"  # gpt: half of the default's updates, 4 blocks of 2 layers
@@ -51,20 +87,42 @@ def rows():
     row("gpt_range", "gpt", f"{short} --sigma-min 0.15 --sigma-max 20 --p-mean -0.3 --p-std 0.8")
     for name, flags in (("edm_readout", "--readout edm"), ("weighted", "--weighting edm")):
         row(f"gpt_{name}", "gpt", f"{short} {flags}")
+    # what stands between gpt's control and its block; "both" is a block whose noise is taken away
+    noiseless = "--n-layer 2 --n-blocks 1 --sigma-min 60 --sigma-max 80 --z-rate 0"
+    row("gpt_both", "gpt", noiseless)
+    row("gpt_streams", "gpt", noiseless, Block=Unmodulated)
+    row("gpt_adaln", "gpt", "", "--control", EndToEnd=Modulated)
+    row("gpt_deep_adaln", "gpt", "", "--end-to-end", EndToEnd=Modulated)
+    row("gpt_deep_double", "gpt", "--steps 1600", "--end-to-end")  # takes about the time of all blocks
+    row("mdm_wide", "mdm", "", Masking=PreferOwn)
     return found
 
 
-def tables_of(name, model, where):
+def bits(net, data, n_windows=256):
+    """Bits per byte of a gpt that was trained end to end, on the windows that `gpt.evaluate` scores."""
+    windows, nats = data.held_out(n_windows, net.config), 0.0                # (N, T + 1)
+    for w in windows.split(32):
+        nats += cross_entropy(net.logits(w[:, :-1])[0], w[:, 1:]).sum().item()
+    return nats / (math.log(2) * data.bytes_per_token * windows[:, 1:].numel())
+
+
+@torch.no_grad()
+def tables_of(name, model, part, where):
     """The tables of a trained row."""
-    if name == "mdm_middle":
-        setup = begin(["--model", "mdm", "--block", "1", *where, "--resume"])
-        net, _ = train.trained(setup.module, "mdm", "block_1", setup.run.out, setup.device)
-        with torch.no_grad():
-            times, (found,) = probe.masked_bits([net], setup.data)
+    if part != "block_0":  # of a network by itself
+        flag = "--" + part.replace("block_", "block=").replace("_", "-")
+        setup = begin(["--model", model, flag, *where, "--resume"])
+        net, _ = train.trained(setup.module, model, part, setup.run.out, setup.device)
+        if model == "gpt":
+            return {"bits per byte on held-out text": {part: {"bits per byte": bits(net, setup.data)}}}
+        times, (found,) = probe.masked_bits([net], setup.data)
         return {"bits per masked byte": {f"t {t:.3g}": bits for t, bits in zip(times, found)}}
     train.main(["--model", model, "--eval", *where])
     setup = begin(["--model", model, "--eval", *where])
-    tables = json.loads((setup.folder / "eval.json").read_text())["tables"]
+    if name == "mdm_wide":
+        ensemble.main(["--model", model, *where])
+    path = setup.folder / ("ensemble.json" if name == "mdm_wide" else "eval.json")
+    tables = json.loads(path.read_text())["tables"]
     if model == "dit":
         blocks, _ = train.assemble(setup.module, model, setup.run.out, setup.device)
         loss = tables["denoising loss on held-out images"]["blocks"]["weighted squared error"]
@@ -74,83 +132,40 @@ def tables_of(name, model, where):
 
 
 def run_row(row, own, more, argv):
-    """Train a row's blocks, or what is left of that, score them, and write what was found."""
-    (model, flags), part = rows()[row], "1" if row == "mdm_middle" else "all"
+    """Train a row's networks, or what is left of that, score them, and write what was found."""
+    model, flags, changes = rows()[row]
     out = Path(own.out) / "study" / f"{row}{f'_seed{own.seed}' if own.seed else ''}"
     where, seed = ["--threads", str(own.threads), "--out", str(out)], ["--seed", str(own.seed)]
-    command = ["--model", model, "--block", part, *flags, *seed, *where, *more]
-    train.main([*command, "--resume"])
-    if model == "dit":  # the judge of its images
-        train.main(["--model", "vit", "--end-to-end", *seed, *where, "--resume"])
-    state = train.load(out / model / f"block_{'01'[part == '1']}.pt", model)
-    lines = [about("study", argv) | {"train": " ".join(command), "seed": own.seed} | {
-        k: state[k] for k in ("config", "training", "data")}]
-    for log in sorted((out / model).glob("block_*.jsonl")):
-        lines += [{"part": log.stem} | json.loads(line) for line in log.read_text().splitlines()]
-    lines.append({"tables": tables_of(row, model, where)})
+    command = ["--model", model, *flags, *seed, *where, *more]
+    with patch.dict(vars(importlib.import_module(model)), changes):
+        train.main([*command, "--resume"])
+        if model == "dit":  # the judge of its images
+            train.main(["--model", "vit", "--end-to-end", *seed, *where, "--resume"])
+        path = min((out / model).glob("*.pt"))
+        state = train.load(path, model)
+        lines = [about("study", argv) | {"train": " ".join(command), "seed": own.seed} | {
+            k: state[k] for k in ("config", "training", "data")}]
+        for log in sorted((out / model).glob("*.jsonl")):
+            lines += [{"part": log.stem} | json.loads(line) for line in log.read_text().splitlines()]
+        lines.append({"tables": tables_of(row, model, path.stem, where)})
     path = out.with_name(f"{out.name}.jsonl")
     train.save(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     print(f"saved {path}")
 
 
-def checkpointing(model, own, argv):
-    """Fit an end-to-end update with checkpointed activations into the peak of a block of those in OUT; train
-    as many of them as take the time of the blocks' updates, and score both."""
-    where = ["--threads", str(own.threads), "--out", own.out]
-    setup = begin(["--model", model, "--eval", *where])  # with the settings of the blocks
-    blocks, state = train.assemble(setup.module, model, own.out, setup.device)
-    parts = [f"block_{b}" for b in range(len(blocks))]
-
-    def pieces_of(n, **changes):
-        return SimpleNamespace(**vars(setup) | {"training": replace(setup.training, accumulate=n, **changes)})
-
-    def peak(part, n=1, checkpointed=False):
-        return bench.memory_of(pieces_of(n, compile="off"), part, checkpointed)["peak"]
-    peaks = {"end to end": peak("end_to_end"), "one block": max(map(peak, parts)),
-             "one block, checkpointed": max(peak(part, 1, True) for part in parts)}
-    for n in (n for n in range(1, setup.training.batch_size + 1) if setup.training.batch_size % n == 0):
-        least = peaks[f"end to end, checkpointed, {n} pieces"] = peak("end_to_end", n, True)
-        if least <= peaks["one block"]:
-            break
-    updates = {part: learner(setup, part)[-1] for part in [*parts, "end_to_end"]}
-    updates["checkpointing baseline"] = learner(pieces_of(n), "end_to_end", True)[-1]
-    ms = {k: statistics.mean(v) for k, v in interleaved(updates, setup.device, rounds=20).items()}
-    ms["all blocks"] = sum(ms[part] for part in parts)
-    share = ms["all blocks"] / ms["checkpointing baseline"]
-    training = pieces_of(n, steps=max(1, round(setup.training.steps * share))).training
-    report = about("study", argv) | {
-        "peak, bytes": peaks, "pieces": n, "fits": least <= peaks["one block"], "mean of an update, ms": ms,
-        "of the blocks' updates, %": 100 * share, "config": train.flat(setup.config),
-        "training": train.flat(training), "data": setup.data.about}
-    out = Path(own.out) / "checkpointing"
-    how = replace(setup.run, out=str(out), checkpoint_activations=True)
-    train.train(setup.module, model, "end_to_end", setup.config, training, how, setup.data, setup.device)
-    others = {"end to end": train.trained(setup.module, model, "end_to_end", out, setup.device, state)[0]}
-    torch.manual_seed(seed_of(training.seed, "eval"))
-    with torch.no_grad():
-        report["tables"] = setup.module.evaluate(blocks, others, setup.data)
-    write(out / f"{model}.json", report)
-
-
 def main(argv):
     parser = Parser(__doc__)
     parser.add_argument("row", nargs="?")
-    parser.add_argument("--checkpointing", metavar="MODEL")
     parser.add_argument("--out", default="out", help="(default: out)")
     parser.add_argument("--seed", type=int, default=0, help="of a row (default: 0)")
     parser.add_argument("--threads", type=int, default=1, help="(default: 1)")
     own, more = parser.parse_known_args(argv)
-    if more and not own.row:
-        raise UserError(f"unknown flag {more[0]}")
-    if own.row:
-        if own.row not in rows():
-            raise UserError(f"no row {own.row!r}; python results/study.py names them all")
-        run_row(own.row, own, more, argv)
-    elif own.checkpointing:
-        checkpointing(own.checkpointing, own, argv)
-    else:
-        for name, (model, flags) in rows().items():
-            print(f"{name}: --model {model} {' '.join(flags)}")
+    if own.row in rows():
+        return run_row(own.row, own, more, argv)
+    if own.row or more:
+        raise UserError(f"no row {own.row or more[0]!r}; python results/study.py names them all")
+    for name, (model, flags, _) in rows().items():
+        print(f"{name}: --model {model} {' '.join(flags)}")
 
 
 if __name__ == "__main__":
