@@ -84,12 +84,6 @@ def loss():
     curve(axes[1, 1], "recurrent", "recurrent.py, the same text, about equal time", "end to end, 32 passes")
     curve(axes[2, 0], "mdm", "mdm.py, the same text")
     axes[2, 1].axis("off")
-    axes[2, 1].text(0, .5, "\n".join([
-        "Shaded: the interval of noise that a block owns.", "Thick: the block inside it, as the assembled",
-        "model uses it. Thin: the same block outside it,", "where it was not trained, except in a small",
-        "overlap. Seed 0.", "", "vit, gpt, recurrent: baseline and control see no",
-        "noise, so each has one number. Grey: the exact", "posterior from the noisy target alone."]),
-        va="center", fontsize=10)
     save(figure, "loss")
 
 

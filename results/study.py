@@ -8,7 +8,6 @@ table.py reads a copy in results/study. Cut off, the command goes on where it wa
 row outvote its own: `gpt_short --steps 20`. Some rows put a class of this file in the place of a model's."""
 import importlib
 import json
-import math
 from pathlib import Path
 from unittest.mock import patch
 
@@ -16,12 +15,13 @@ import torch
 import torch.nn as nn
 
 from common import Parser, UserError, about, begin, run, train  # first: it puts the models on the path
+import curves
 import diffusion_blocks
 import ensemble
 import frechet
 import gpt
 import probe
-from diffusion_blocks import cross_entropy, to_device
+from diffusion_blocks import to_device
 
 
 class Modulated(gpt.EndToEnd):
@@ -98,14 +98,6 @@ def rows():
     return found
 
 
-def bits(net, data, n_windows=256):
-    """Bits per byte of a gpt that was trained end to end, on the windows that `gpt.evaluate` scores."""
-    windows, nats = data.held_out(n_windows, net.config), 0.0                # (N, T + 1)
-    for w in windows.split(32):
-        nats += cross_entropy(net.logits(w[:, :-1])[0], w[:, 1:]).sum().item()
-    return nats / (math.log(2) * data.bytes_per_token * windows[:, 1:].numel())
-
-
 @torch.no_grad()
 def tables_of(name, model, part, where):
     """The tables of a trained row."""
@@ -114,7 +106,8 @@ def tables_of(name, model, part, where):
         setup = begin(["--model", model, flag, *where, "--resume"])
         net, _ = train.trained(setup.module, model, part, setup.run.out, setup.device)
         if model == "gpt":
-            return {"bits per byte on held-out text": {part: {"bits per byte": bits(net, setup.data)}}}
+            found = curves.score(net, curves.held_out(setup), setup.data.bytes_per_token)
+            return {"bits per byte on held-out text": {part: {"bits per byte": found["bits"]}}}
         times, (found,) = probe.masked_bits([net], setup.data)
         return {"bits per masked byte": {f"t {t:.3g}": bits for t, bits in zip(times, found)}}
     train.main(["--model", model, "--eval", *where])
