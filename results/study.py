@@ -88,11 +88,11 @@ def rows():
     for name, flags in (("edm_readout", "--readout edm"), ("weighted", "--weighting edm")):
         row(f"gpt_{name}", "gpt", f"{short} {flags}")
     # what stands between gpt's control and its block; "both" is a block whose noise is taken away
-    noiseless = "--n-layer 2 --n-blocks 1 --sigma-min 60 --sigma-max 80 --z-rate 0"
-    row("gpt_both", "gpt", noiseless)
-    row("gpt_streams", "gpt", noiseless, Block=Unmodulated)
+    noiseless = "--n-blocks 1 --sigma-min 60 --sigma-max 80 --z-rate 0 --n-layer"
+    row("gpt_both", "gpt", f"{noiseless} 2")
+    row("gpt_streams", "gpt", f"{noiseless} 2", Block=Unmodulated)
     row("gpt_adaln", "gpt", "", "--control", EndToEnd=Modulated)
-    row("gpt_deep_adaln", "gpt", "", "--end-to-end", EndToEnd=Modulated)
+    row("gpt_deep_both", "gpt", f"{noiseless} 8")  # the same with all layers of the baseline
     row("gpt_deep_double", "gpt", "--steps 1600", "--end-to-end")  # takes about the time of all blocks
     row("mdm_wide", "mdm", "", Masking=PreferOwn)
     return found
