@@ -41,7 +41,7 @@ class Config:
     readout: str = "bayes"      # bayes: prior + z.E/sigma^2; edm: the paper's, c_skip z + c_out F
     z_rate: float = 0.1         # scale of z's projection, which starts at 0: how fast z is learned
     table_seed: int = 0         # seed of the target embedding; the same in every block
-    noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=3, p_mean=0.5, p_std=1.0))
+    noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=3, p_mean=1.2, p_std=1.0))
 
     def __post_init__(self):
         split_layers(self.n_layer, self.noise.n_blocks, self.layer_split)

@@ -80,7 +80,7 @@ def main(argv):
                    for n in (2, 4, 16)}
     else:
         more = [partial(plain, net) for net in (others["control"], *trained("control", "control[0-9]*"))]
-        others[f"{len(more)} controls (ensemble)"] = mean(module, more)
+        others |= {f"{len(more)} controls (ensemble)": mean(module, more)} if len(more) > 1 else {}
         quiet = [partial(alone, net, 0) for net in trained("block_0", "noiseless*", None)]
         others |= {f"block without noise, {k}": mean(module, [readout]) for k, readout in enumerate(quiet)}
         others |= {f"{len(quiet)} blocks without noise (ensemble)": mean(module, quiet)} if quiet else {}

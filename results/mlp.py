@@ -22,7 +22,7 @@ class Config:
     image_size: int = 0     # pixels of a side; set from the data, as the next two
     n_channel: int = 0      # colours
     n_class: int = 0        # classes
-    noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=3, p_mean=0.5, p_std=1.0))
+    noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=3, p_mean=1.2, p_std=1.0))
 
     def control(self):
         return replace(self, n_layer=self.n_layer // self.noise.n_blocks, noise=LogNormal())
