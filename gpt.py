@@ -51,12 +51,13 @@ class Config:
         return replace(self, n_layer=n_layer, layer_split="", noise=LogNormal())
 
 
-# A preset names fields of Config, its noise, the data's settings or train.py's Training. lm1b and owt have
-# the paper's shape and schedule, but GPT-2's tokenizer: Llama-2's is not freely downloadable.
+# A preset names fields of Config, its noise, the data's settings or train.py's Training. cpu: a longer run on a
+# CPU. lm1b, owt: the paper's shape and schedule, but GPT-2's tokenizer, since Llama-2's is not free.
 PAPER = dict(n_layer=12, n_blocks=4, n_head=12, n_embd=768, n_cond=128, seq_len=256, p_mean=-1.2, p_std=1.2,
              tokenizer="gpt2", batch_size=256, accumulate=16, epochs=10.0, lr=3e-4, warmup=2500, gamma=0.1)
 PRESETS = {
     "default": dict(steps=800, batch_size=8, lr=3e-3, warmup=50),
+    "cpu": dict(steps=4000, batch_size=8, lr=3e-3, warmup=50),
     "lm1b": dict(PAPER, data="dvruette/lm1b"),
     "owt": dict(PAPER, data="Skylion007/openwebtext", seq_len=1024, accumulate=64),
 }
@@ -146,9 +147,8 @@ class Layer(nn.Module):
 
     def forward(self, x, start=0, past=None, mask=None, cond=None):
         """x (B, T, C), cond (B, 1, n_cond) or None -> (B, T, C), and the keys and values of x for a cache."""
-        shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = 0.0
-        if cond is not None:    # (B, 1, C) each
-            shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)
+        six = self.modulation(cond).chunk(6, dim=-1) if cond is not None else [0.0] * 6     # (B, 1, C) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = six
         h, new = self.attention(self.norm1(x) * (1 + scale1) + shift1, start, past, mask)
         x = x + (1 + gate1) * h
         x = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)

@@ -147,9 +147,8 @@ class SandwichLayer(nn.Module):
 
     def forward(self, x, start=0, past=None, mask=None, cond=None):
         """x (B, T, C), cond (B, 1, n_cond) or None -> (B, T, C), and the keys and values of x for a cache."""
-        shift1 = scale1 = gate1 = shift2 = scale2 = gate2 = 0.0
-        if cond is not None:    # (B, 1, C) each
-            shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)
+        six = self.modulation(cond).chunk(6, dim=-1) if cond is not None else [0.0] * 6     # (B, 1, C) each
+        shift1, scale1, gate1, shift2, scale2, gate2 = six
         h, new = self.attention(self.norm1(x) * (1 + scale1) + shift1, start, past, mask)
         x = self.norm2(x + (1 + gate1) * h)
         x = self.norm4(x + (1 + gate2) * self.mlp(self.norm3(x) * (1 + scale2) + shift2))
