@@ -51,8 +51,8 @@ class Config:
         return replace(self, n_layer=n_layer, layer_split="", noise=LogNormal())
 
 
-# A preset names fields of Config, its noise, the data's settings or train.py's Training. cpu: a longer run on a
-# CPU. lm1b, owt: the paper's shape and schedule, but GPT-2's tokenizer, since Llama-2's is not free.
+# A preset names fields of Config, its noise, the data's settings or train.py's Training. cpu: a longer run on
+# a CPU. lm1b, owt: the paper's shape and schedule, but GPT-2's tokenizer, since Llama-2's is not free.
 PAPER = dict(n_layer=12, n_blocks=4, n_head=12, n_embd=768, n_cond=128, seq_len=256, p_mean=-1.2, p_std=1.2,
              tokenizer="gpt2", batch_size=256, accumulate=16, epochs=10.0, lr=3e-4, warmup=2500, gamma=0.1)
 PRESETS = {
