@@ -159,18 +159,18 @@ def score_text(judge, tokens, start, data):
 def continued_text(setup, blocks, baseline):
     """Half a window after held-out quarters of one; the judge is the baseline, which favours its own text."""
     start, stop = setup.config.seq_len // 4, 3 * setup.config.seq_len // 4
-    rows, more = (64, {"sampler": "euler"}) if setup.model == "gpt" else (32, {})
-    key = "euler_steps" if more else "n_passes"
+    rows, chain = (64, {"sampler": "euler", "euler_steps": 32}) if setup.model == "gpt" else (32, {})
     held_out = setup.data.held_out(rows, setup.config)[:, :stop]
 
     def score(nets, **how):
         torch.manual_seed(0)
         tokens = setup.module.generate(nets, held_out[:, :start], stop - start, **how)
         return score_text(baseline, tokens, start, setup.data)
+    ways = {"baseline": (baseline, {}), "blocks, 32 levels": (blocks, chain)}
+    ways |= {"blocks, averaged": (blocks, {})} if chain else {}
     return {"held-out text": score_text(baseline, held_out, start, setup.data)} | {
-        f"baseline, temperature {t}": score(baseline, temperature=t) for t in (0.7, 0.85, 1.0)} | {
-        f"blocks, temperature {t}, {n} levels": score(blocks, temperature=t, **more, **{key: n})
-        for t, n in ((0.0, 32), (0.7, 32), (0.85, 32), *((1.0, n) for n in LEVELS[1:]))}
+        f"{name}, temperature {t}": score(nets, temperature=t, **how)
+        for name, (nets, how) in ways.items() for t in (0.0, 0.7, 0.85, 1.0)}
 
 
 # ---- mdm --------------------------------------------------------------------------------------------------
