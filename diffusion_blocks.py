@@ -70,7 +70,7 @@ class LogNormal(Noise):
 
     Levels are computed in float64 on the CPU: an end that float32 has moved would belong to another block."""
     n_blocks: int = 1           # blocks that the layers are cut into, each trained alone
-    p_mean: float = -1.2        # mean of ln sigma in training (EDM)
+    p_mean: float = -1.2        # mean of ln sigma in training (EDM; for labels and tokens 1.2 is better)
     p_std: float = 1.2          # its standard deviation (EDM)
     sigma_min: float = 0.002    # lowest noise level (EDM): a unit-norm target can be read off z here
     sigma_max: float = 80.0     # highest (EDM): z tells nothing of the target here; sampling starts here
@@ -119,12 +119,14 @@ class LogNormal(Noise):
         return to_device(self.icdf(u, *self.widened(block)).float(), device)
 
     def steps(self, n=0):
-        """(n,) float64 levels of a sampler, downwards at equal quantiles; 0: max(n_blocks + 1, 4) of them."""
+        """(n,) float64 levels of a sampler, downwards at equal quantiles of EDM's noise, where z comes to
+        tell the target, whatever blocks are trained on. 0: max(n_blocks + 1, 4) of them."""
         n = n or max(self.n_blocks + 1, 4)
         if n < 2:
             raise ValueError(f"a sampler needs at least 2 noise levels, got {n}")
         # i / n is correctly rounded, so that a level which is an end of a block has the same bits there
-        inner = self.icdf([i / (n - 1) for i in range(1, n - 1)]).tolist()
+        edm = LogNormal(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+        inner = edm.icdf([i / (n - 1) for i in range(1, n - 1)]).tolist()
         return torch.tensor([self.sigma_max, *inner[::-1], self.sigma_min], dtype=torch.float64)
 
     def corrupt(self, y, sigma):
@@ -300,9 +302,9 @@ def decode_labels(logits, shape, table, noise, steps, temperature=0.0):
 
 
 def ensemble(logits, shape, table, noise, blocks):
-    """log p(y | x), (*shape, V): the mean of log p_b(y | x) over blocks, a list of numbers, renormalised.
-    A block of labels or tokens has learnt, alone, to guess y from x. It is asked at z = 0 and the median of
-    its training levels. logits: `decode_labels`."""
+    """log p(y | x), (*shape, V): the mean of log p_b(y | x, z = 0) over blocks (a list), renormalised.
+    Rows of the table have one norm, so z = 0 is as likely under each: there an exact posterior is p(y | x).
+    A block is asked at the median of its own interval. logits: as in `decode_labels`."""
     z, total = torch.zeros(*shape, table.shape[1], device=table.device), 0.0
     for b in blocks:
         sigma = noise.icdf(0.5, *noise.interval(b)).float().to(z.device).expand(len(z))
@@ -348,8 +350,6 @@ def score_labels(logits, target, table, noise, n=4):
             return (y - logits(b, z, sigma).softmax(-1) @ table).pow(2).flatten(1).sum(1)
         scores[f"block {b}"] = len(y) * bound_share(squared_error, y, noise, b, n)
     scores["ends"] = len(y) * sum(bound_ends(nats, y, noise))
-    for blocks in [[b] for b in every] + [every] * (len(every) > 1):
-        name = "blocks (ensemble)" if len(blocks) > 1 else f"block {blocks[0]} alone"
-        log_p = ensemble(logits, target.shape, table, noise, blocks)
-        scores[name] = cross_entropy(log_p, target).sum().item()
-    return scores
+    log_p = {f"block {b} alone": ensemble(logits, target.shape, table, noise, [b]) for b in every}
+    log_p |= {"blocks (ensemble)": sum(log_p.values()) / len(every)} if len(every) > 1 else {}
+    return scores | {name: cross_entropy(v, target).sum().item() for name, v in log_p.items()}
