@@ -297,7 +297,7 @@ def generate(nets, tokens, n_tokens, use_cache=True, **how):
 
 def next_token(nets, tokens, cache, temperature=1.0, sampler="ensemble", euler_steps=0):
     """A token (N,) after tokens (N, T), and a cache of them all; the one given holds all but the last, or is
-    None. A token costs each block one position of the clean stream, and one slot for every noise level."""
+    None. It costs a block one position of the clean stream and a slot (euler: one for each of its levels)."""
     new = tokens[:, -1:] if cache else tokens
     if isinstance(nets, EndToEnd):
         logits, cache = nets.logits(new, cache)                              # (N, 1 or T, V)

@@ -280,9 +280,8 @@ def test_the_edm_readout_takes_z_at_low_noise_and_the_network_at_high_noise():
 
 
 def test_a_perfect_denoiser_is_carried_exactly_and_ideal_blocks_draw_from_the_prior():
-    noise, table = gpt.Config().noise, target_table(10, 16, 0)
-    log_p = torch.tensor([.05] * 8 + [.2, .4]).log()
-    y, eps, seen = torch.randn(4, 5).double(), torch.randn(4, 5).double(), []
+    table, log_p = target_table(10, 16, 0), torch.tensor([.05] * 8 + [.2, .4]).log()
+    (y, eps), seen, noise = torch.randn(2, 4, 5).double(), [], gpt.Config().noise
 
     def perfect(z, sigma):
         assert torch.allclose(z, y + sigma * eps)

@@ -54,6 +54,12 @@ def load(setup):
                      for part in ("end_to_end", "control"))
 
 
+def plain_logits(net, x, *how):
+    """Logits of a baseline or control."""
+    found = net.logits(x, *how)
+    return found[0] if isinstance(found, tuple) else found
+
+
 def learner(setup, part, checkpointed=False):
     """A part of the model in training: network, optimizer, running mean or None, and update(step), which does
     what `train.train` does in an update."""

@@ -3,8 +3,9 @@
     python results/curves.py --model gpt --block 0 --out out/long      # as train.py; keeps every checkpoint
     python results/curves.py --model gpt --score --out out/long        # OUT/gpt/curves.json, of all parts
 
-The checkpoint of update N (--save-every) is kept in OUT/at_N. A row has bits, the share of right answers, and
-the minutes of training on this machine until then: of averaged blocks the sum over blocks."""
+The checkpoint of update N (--save-every) is kept in OUT/at_N. A row has bits, the share of right answers and
+the minutes of training until then, with validation and saving: of averaged blocks the sum over blocks. Rows
+before the last are in the middle of the learning rate's schedule. The best block is chosen on these data."""
 import json
 import math
 from functools import partial
@@ -19,10 +20,11 @@ from ensemble import alone, mean, plain
 
 
 def keep(path, content, save=train.save):
-    """train.save, and a copy of each checkpoint in the folder of its update."""
+    """train.save, and a copy of each checkpoint, without moments, in the folder of its update."""
     save(path, content)
     if isinstance(content, dict):
-        save(path.parents[1] / f"at_{content['step']}" / path.parent.name / path.name, content)
+        copy = path.parents[1] / f"at_{content['step']}" / path.parent.name / path.name
+        save(copy, content | {"optimizer": {}})
 
 
 def held_out(setup):

@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from common import about, begin, run, train, write  # first: it puts the models on the path
+from common import Parser, about, begin, plain_logits, run, train, write  # first: it sets the path
 from diffusion_blocks import cross_entropy, ensemble, seed_of
 
 
 def plain(net, x):
     """Log-probabilities of a network that was trained end to end."""
-    found = net.logits(x)
-    return (found[0] if isinstance(found, tuple) else found).log_softmax(-1)
+    return plain_logits(net, x).log_softmax(-1)
 
 
 def alone(net, b, x):
@@ -30,7 +29,7 @@ def alone(net, b, x):
 
 
 def at_levels(net, n, x):
-    """Log-probabilities of recurrent's block: the mean over n noise levels, at z = 0."""
+    """Log-probabilities of recurrent's block: the mean over n noise levels; z = 0 in all slots."""
     e, _ = net.condition(x)
     return ensemble(lambda _, z, sigma: net.logits(e, z, sigma)[0], x.shape, net.table,
                     replace(net.noise, n_blocks=n), range(n))
@@ -61,15 +60,15 @@ def mean(module, readouts):
 
 
 def main(argv):
-    setup = begin([*argv, "--eval"])
+    setup = begin([*Parser(__doc__).parse_known_args(argv)[1], "--eval"])
     module, model, out, device = setup.module, setup.model, Path(setup.run.out), setup.device
     blocks, state = train.assemble(module, model, out, device)
 
     def trained(part, pattern="", like=state):
         """The networks of a part that were trained with OUT, or with the folders in it that fit a pattern."""
-        return [train.trained(module, model, part, p, device, like)[0]
-                for p in (sorted(out.glob(pattern)) if pattern else [out])
-                if pattern or (out / model / f"{part}.pt").exists()]
+        folders = sorted(out.glob(pattern)) if pattern else [out]
+        return [train.trained(module, model, part, p, device, like)[0] for p in folders
+                if (p / model / f"{part}.pt").exists()]
     others = {name: net for name, part, pattern in (
         ("end to end", "end_to_end", ""), ("control", "control", ""),
         ("control, as long as all blocks", "control", "long")) for net in trained(part, pattern)}
@@ -79,7 +78,7 @@ def main(argv):
         others |= {f"block, mean over {n} levels": mean(module, [partial(at_levels, blocks[0], n)])
                    for n in (2, 4, 16)}
     else:
-        more = [partial(plain, net) for net in (others["control"], *trained("control", "control[0-9]*"))]
+        more = [partial(plain, net) for net in (*trained("control"), *trained("control", "control[0-9]*"))]
         others |= {f"{len(more)} controls (ensemble)": mean(module, more)} if len(more) > 1 else {}
         quiet = [partial(alone, net, 0) for net in trained("block_0", "noiseless*", None)]
         others |= {f"block without noise, {k}": mean(module, [readout]) for k, readout in enumerate(quiet)}

@@ -87,6 +87,20 @@ def loss():
     save(figure, "loss")
 
 
+def curves():
+    """Held-out bits of gpt while it is trained, over updates of each network and over minutes of training."""
+    tables = json.loads((HERE / "gpt/long/curves.json").read_text())["tables"]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for name, colour in zip(tables, (BASELINE, CONTROL, *BLOCKS)):
+        rows = tables[name]
+        for axis, x in zip(axes, ([int(step) for step in rows], [row["minutes"] for row in rows.values()])):
+            axis.plot(x, [row["bits"] for row in rows.values()], color=colour, label=name, marker=".")
+    axes[0].set(xlabel="updates of each network", ylabel="bits per byte on held-out text")
+    axes[1].set(xlabel="minutes of training, one CPU core")
+    axes[0].legend(fontsize=8)
+    save(figure, "curves")
+
+
 def dit_grid():
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.8))
     for axis, name, title in zip(axes, ("eval_baseline", "eval_blocks"), (
@@ -98,6 +112,6 @@ def dit_grid():
 
 
 if __name__ == "__main__":
-    for draw in (edges, loss, dit_grid):
+    for draw in (edges, loss, curves, dit_grid):
         draw()
         print(f"drew {draw.__name__}")

@@ -9,18 +9,16 @@ posterior from z alone, without a network, baseline and control. "z = 0": the bl
 steps, of seed 0 only: what the sampler makes of another number of levels, and without a block (the chain
 skips its levels); generated text or images."""
 import math
-from unittest.mock import patch
 
 import torch
 
-from common import Parser, UserError, about, begin, load, run, write  # first: it puts the models on the path
+from common import Parser, UserError, about, begin, load, plain_logits, run, write  # first: it sets the path
 import dit
 import mdm
-import recurrent
 from diffusion_blocks import bayes_logits, cross_entropy, decode_labels
 from frechet import batched, frechet_distance, judge_of
 
-LEVELS = (1, 2, 3, 4, 5, 8, 16, 32, 64)  # of a chain; with one level it is block 0 alone
+LEVELS = (1, 2, 3, 4, 5, 8, 16, 32, 64)  # of a chain, or passes
 
 
 def sigma_grid(noise):
@@ -43,29 +41,8 @@ def denoiser(model, blocks, x, target):
     if model == "gpt":
         contexts = [block.context(x) for block in blocks]
         return lambda b, z, sigma: blocks[b].logits(x, z, sigma, contexts[b])
-    block, (e, _) = blocks[0], blocks[0].condition(x)
-
-    def logits(b, z, sigma):  # as in generation, the slots before each hold true, noisy tokens
-        _, seen = block.logits(e, block.noise.corrupt(block.table[target], sigma), sigma)
-        with patch.object(recurrent, "run", run_beside):
-            return block.logits(e, z, sigma, past=seen)[0]
-    return logits
-
-
-def run_beside(layers, h, start, past, cond):
-    """`recurrent.run` of slots h (B, T, C) which see themselves and, of the T slots of the past, those before
-    them: every slot as if it were the open one, all at once."""
-    mask = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool, device=h.device)
-    mask = torch.cat([mask.tril(-1), torch.eye(h.shape[1], device=h.device).bool()], dim=1)  # (T, 2T)
-    for layer, kv in zip(layers, past):
-        h, _ = layer(h, 0, kv, mask, cond)                                   # (B, T, C)
-    return h, []
-
-
-def plain_logits(net, x, *how):
-    """Logits of a baseline or control."""
-    found = net.logits(x, *how)
-    return found[0] if isinstance(found, tuple) else found
+    e, _ = blocks[0].condition(x)
+    return lambda b, z, sigma: blocks[0].logits(e, z, sigma)[0]
 
 
 class Labels:
@@ -91,11 +68,11 @@ class Labels:
         torch.manual_seed(0)
         return sum(score(*batch) for batch in self.batches)
 
-    def at(self, sigma, b, z_scale=1.0, logits=None):
+    def at(self, sigma, b, logits=None):
         """Bits of block b, or of other logits, at one level."""
         def nats(x, target, own):
             level = torch.full((len(target),), sigma, device=target.device)
-            z = z_scale * self.noise.corrupt(self.table[target], level)
+            z = self.noise.corrupt(self.table[target], level)
             return cross_entropy((logits or own)(b, z, level), target).sum().item()
         return self.scale * self.total(nats)
 
@@ -119,26 +96,20 @@ def label_curve(setup, blocks, baseline, control):
     labels, levels, own = Labels(setup, blocks), sigma_grid(blocks[0].noise), range(len(blocks))
     return {"level": levels, "unit": labels.unit,
             "blocks": [[labels.at(s, b) for s in levels] for b in own],
-            "z = 0": [[labels.at(s, b, z_scale=0.0) for s in levels] for b in own],
             "z alone": [labels.at(s, 0, logits=labels.z_alone) for s in levels],
             "baseline": labels.plain(baseline), "control": labels.plain(control)}
 
 
 def label_steps(setup, blocks, baseline, control):
-    """The chain over the number of its levels and without each block; each block alone with z = 0."""
+    """The chain over the number of its levels, and without each block; of recurrent the baseline's passes."""
     labels, noise = Labels(setup, blocks), blocks[0].noise
-    tables = {"levels": {}, "left out": {"none": labels.chain(noise.steps(16))}, "z = 0": {}}
-    for n in LEVELS:
-        steps = noise.steps(max(2, n))[:n]
-        row = tables["levels"][n] = labels.chain(steps)
-        if setup.model == "recurrent":
-            row[f"baseline, {labels.unit}"] = labels.plain(baseline, n)
-    for b in range(len(blocks)):
-        sigma = math.sqrt(math.prod(noise.interval(b)))
-        tables["z = 0"][f"block {b}"] = {"sigma": sigma, labels.unit: labels.at(sigma, b, z_scale=0.0),
-                                         "right, %": labels.chain(torch.tensor([sigma]))["from z = 0, %"]}
-        if len(blocks) > 1:
-            tables["left out"][f"block {b}"] = labels.chain(without(noise, b, noise.steps(16)))
+    if setup.model == "recurrent":
+        levels = {n: {f"baseline, {labels.unit}": labels.plain(baseline, n)} for n in LEVELS}
+        return {"levels": levels, "text": continued_text(setup, blocks, baseline)}
+    tables = {"levels": {n: labels.chain(noise.steps(n)) for n in LEVELS if n > 1},
+              "left out": {"none": labels.chain(noise.steps(16))}}
+    for b in range(len(blocks)) if len(blocks) > 1 else ():
+        tables["left out"][f"block {b}"] = labels.chain(without(noise, b, noise.steps(16)))
     return tables | ({} if setup.model == "vit" else {"text": continued_text(setup, blocks, baseline)})
 
 

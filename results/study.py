@@ -1,4 +1,4 @@
-"""The studies of results/README.md, a command for each row:
+"""Studies of results/README.md, a command for each row:
 
     python results/study.py              # names all rows
     python results/study.py gpt_short    # trains and scores one: OUT/study/gpt_short.jsonl
@@ -43,12 +43,16 @@ class Modulated(gpt.EndToEnd):
 
 
 class Unmodulated(gpt.Block):
-    """gpt's block whose adaLN stays at its first value, which is zero."""
+    """gpt's block without adaLN and without z. A learned vector tells a slot from its clean token: without
+    it, both would be the same computation."""
 
     def __init__(self, config, b):
         super().__init__(config, b)
         for part in [self, *self.layers]:
-            part.modulation.requires_grad_(False)
+            part.modulation.requires_grad_(False)  # stays zero
+        self.z_in = nn.Linear(config.n_embd, config.n_embd)
+        nn.init.zeros_(self.z_in.weight.requires_grad_(False))
+        nn.init.zeros_(self.z_in.bias)
 
 
 class PreferOwn(diffusion_blocks.Masking):
@@ -61,7 +65,7 @@ class PreferOwn(diffusion_blocks.Masking):
 
 def rows():
     """{name: (model, flags, what it changes in the model file)}."""
-    found, edm = {}, "--p-mean -1.2 --p-std 1.2"  # the paper's noise, as recorded
+    found, edm = {}, "--p-mean -1.2 --p-std 1.2"  # the paper's noise; gates of the recorded vit began at 0
 
     def row(name, model, flags, part="--block all", **changes):
         found[name] = model, f"{part} {flags}".split(), changes
@@ -79,18 +83,10 @@ def rows():
     row("mdm_middle", "mdm", "--n-layer 18 --n-blocks 3", "--block 1")  # six layers, on a third of t
     # mdm's control, two layers for all t, with MD4's other schedule, which trains more on many masks
     row("mdm_cosine", "mdm", "--n-layer 2 --n-blocks 1 --schedule cosine")
-    short = f"--steps 400 {edm}"  # gpt: half of the default's updates, 4 blocks of 2 layers
-    row("gpt_short", "gpt", short)
-    for gamma in ("0", "0.05", "0.2"):
-        row(f"gpt_gamma_{gamma}", "gpt", f"{short} --gamma {gamma}")
-    row("gpt_uniform", "gpt", f"{short} --edges uniform")
-    row("gpt_range", "gpt", f"{short} --sigma-min 0.15 --sigma-max 20 --p-mean -0.3 --p-std 0.8")
-    for name, flags in (("edm_readout", "--readout edm"), ("weighted", "--weighting edm")):
-        row(f"gpt_{name}", "gpt", f"{short} {flags}")
     # what stands between gpt's control and its block; "both" is a block whose noise is taken away
     noiseless = "--n-blocks 1 --sigma-min 60 --sigma-max 80 --z-rate 0 --n-layer"
     row("gpt_both", "gpt", f"{noiseless} 2")
-    row("gpt_streams", "gpt", f"{noiseless} 2", Block=Unmodulated)
+    row("gpt_streams", "gpt", f"{noiseless} 2 --z-rate 1", Block=Unmodulated)
     row("gpt_adaln", "gpt", "", "--control", EndToEnd=Modulated)
     row("gpt_deep_both", "gpt", f"{noiseless} 8")  # the same with all layers of the baseline
     row("gpt_deep_double", "gpt", "--steps 1600", "--end-to-end")  # takes about the time of all blocks
@@ -110,12 +106,10 @@ def tables_of(name, model, part, where):
             return {"bits per byte on held-out text": {part: {"bits per byte": found["bits"]}}}
         times, (found,) = probe.masked_bits([net], setup.data)
         return {"bits per masked byte": {f"t {t:.3g}": bits for t, bits in zip(times, found)}}
-    train.main(["--model", model, "--eval", *where])
+    script, file = (ensemble, "ensemble") if name == "mdm_wide" else (train, "eval")
+    script.main(["--model", model, "--eval", *where])
     setup = begin(["--model", model, "--eval", *where])
-    if name == "mdm_wide":
-        ensemble.main(["--model", model, *where])
-    path = setup.folder / ("ensemble.json" if name == "mdm_wide" else "eval.json")
-    tables = json.loads(path.read_text())["tables"]
+    tables = json.loads((setup.folder / f"{file}.json").read_text())["tables"]
     if model == "dit":
         blocks, _ = train.assemble(setup.module, model, setup.run.out, setup.device)
         loss = tables["denoising loss on held-out images"]["blocks"]["weighted squared error"]
@@ -134,13 +128,13 @@ def run_row(row, own, more, argv):
         train.main([*command, "--resume"])
         if model == "dit":  # the judge of its images
             train.main(["--model", "vit", "--end-to-end", *seed, *where, "--resume"])
-        path = min((out / model).glob("*.pt"))
-        state = train.load(path, model)
+        first = min((out / model).glob("*.pt"))
+        state = train.load(first, model)
         lines = [about("study", argv) | {"train": " ".join(command), "seed": own.seed} | {
             k: state[k] for k in ("config", "training", "data")}]
         for log in sorted((out / model).glob("*.jsonl")):
             lines += [{"part": log.stem} | json.loads(line) for line in log.read_text().splitlines()]
-        lines.append({"tables": tables_of(row, model, path.stem, where)})
+        lines.append({"tables": tables_of(row, model, first.stem, where)})
     path = out.with_name(f"{out.name}.jsonl")
     train.save(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
     print(f"saved {path}")

@@ -79,27 +79,31 @@ def described(mark):
 
 
 def main_table():
-    """A row for each model: its task, its figure of merit, and the memory of an update."""
-    bits, bound = "bits per byte on held-out text{}/{{}}/bits per byte:3", "blocks (bound)"
-    rows = [("vit", "CIFAR-100, 3 blocks", "accuracy, % ↑", "cifar100_seed*",
-             "held-out images/{}/accuracy, %:1", "blocks from z = 0"),
-            ("gpt", "Python sources, 4 blocks", "bits per byte ↓", "ensemble_seed*", bits.format(""), bound),
-            ("recurrent", "Python sources, 1 block", "bits per byte ↓", "", bits.format(""), bound),
-            ("mdm", "Python sources, 3 blocks", "bits per byte ↓", "", bits.format(" (bound)"), "blocks"),
-            ("dit", "8x8 digits, 3 blocks", "denoising loss ↓", "", "denoising loss by block/*/{}:3",
-             "blocks")]
+    """A row for each model: its task and figure of merit, four scores, and the memory of an update."""
+    bits = "tables/bits per byte on held-out text{}/{{}}/bits per byte:3"
+    old, new = "{}/seed*/eval.json/", "{}/{}averaged_seed*.json/"  # recorded before, and with this code
+    rows = [("vit", "CIFAR-100, 3 blocks: accuracy, % ↑", "cifar100",
+             new.format("vit", "cifar100_") + "tables/held-out images/{}/accuracy, %:1",
+             ["end to end", "control", "blocks from z = 0", "blocks (ensemble)"]),
+            ("gpt", "Python sources, 4 blocks: bits per byte ↓", "default",
+             new.format("gpt", "") + bits.format(""),
+             ["end to end", "control", "blocks (bound)", "blocks (ensemble)"]),
+            ("recurrent", "Python sources, 1 block: bits per byte ↓", "default",
+             new.format("recurrent", "") + bits.format(""),
+             [old.format("recurrent") + bits.format("").format("baseline"), "control", "blocks (bound)", ""]),
+            ("mdm", "Python sources, 3 blocks †: bits per byte ↓", "default",
+             old.format("mdm") + bits.format(" (bound)"), ["baseline", "control", "blocks", ""]),
+            ("dit", "8x8 digits, 3 blocks †: denoising loss ↓", "default",
+             old.format("dit") + "tables/denoising loss by block/*/{}:3",
+             ["baseline", "control", "blocks", ""])]
     head = ["", "task and figure of merit", "end to end", "control: one block's layers",
             "**blocks, a chain over noise levels**", "**blocks, averaged**",
             "peak memory of a block's update, % of end to end"]
-    lines = []
-    for model, task, merit, new, place, blocks in rows:         # the logs of some rows are older
-        names = ["end to end" if new else "baseline", "control", blocks] + ["blocks (ensemble)"] * bool(new)
-        cells = [cell(f"{model}/{new or 'seed*/eval'}.json/tables/{place.format(name)}") for name in names]
-        peak = cell(f"memory/{'cifar100' if model == 'vit' else 'default'}/{model}.json"
-                    f"/tables/of end to end, %/one block/peak:0")
-        lines.append([f"`{model}.py`", f"{task}{'' if new else ' †'}: {merit}", *cells,
-                      *[""] * (4 - len(cells)), peak])
-    return markdown(head, lines)
+    return markdown(head, [
+        [f"`{model}.py`", task,
+         *(name and cell(name if "/" in name else path.format(name)) for name in names),
+         cell(f"memory/{memory}/{model}.json/tables/of end to end, %/one block/peak:0")]
+        for model, task, memory, path, names in rows])
 
 
 def exchanged(model):
