@@ -121,12 +121,11 @@ class LogNormal(Noise):
     def steps(self, n=0):
         """(n,) float64 levels of a sampler, downwards at equal quantiles of EDM's noise, where z comes to
         tell the target, whatever blocks are trained on. 0: max(n_blocks + 1, 4) of them."""
-        n = n or max(self.n_blocks + 1, 4)
-        if n < 2:
+        if (n := n or max(self.n_blocks + 1, 4)) < 2:
             raise ValueError(f"a sampler needs at least 2 noise levels, got {n}")
         # i / n is correctly rounded, so that a level which is an end of a block has the same bits there
-        edm = LogNormal(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
-        inner = edm.icdf([i / (n - 1) for i in range(1, n - 1)]).tolist()
+        q = [i / (n - 1) for i in range(1, n - 1)]
+        inner = LogNormal().icdf(q, self.sigma_min, self.sigma_max).tolist()
         return torch.tensor([self.sigma_max, *inner[::-1], self.sigma_min], dtype=torch.float64)
 
     def corrupt(self, y, sigma):
@@ -135,9 +134,8 @@ class LogNormal(Noise):
 
     def weight(self, sigma):
         """The weight of the loss at levels sigma, of the same shape."""
-        if self.weighting == "none":
-            return torch.ones_like(sigma)
-        return (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2  # EDM table 1
+        edm = (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2  # EDM table 1
+        return edm if self.weighting == "edm" else torch.ones_like(sigma)
 
     def precondition(self, sigma):
         """c_skip, c_out, c_in, c_noise of sigma's shape, for D = c_skip z + c_out F(c_in z, c_noise)."""
@@ -149,11 +147,15 @@ class LogNormal(Noise):
         return c_skip, c_out, c_in, c_noise
 
     def bound_levels(self, block, u):
-        """(sigma, density), float64, at parts u (n,) of a block's interval, equal in ln sigma: the mean of
-        density * E|y - D|^2 over u is the integral of sigma^-3 E|y - D|^2 d sigma."""
-        lo, hi = self.interval(block)
-        sigma = lo * (u * math.log(hi / lo)).exp()
-        return sigma, math.log(hi / lo) / sigma ** 2
+        """(sigma, density), float64, at parts u (n,) of a block's interval: the mean of density * E|y - D|^2
+        over u is the integral of sigma^-3 E|y - D|^2 d sigma."""
+        # half at equal steps of ln sigma, half at quantiles of EDM's noise: less than half of the variance
+        edm, (lo, hi) = LogNormal(), self.interval(block)
+        sigma = torch.where(u < 0.5, lo * (2 * u * math.log(hi / lo)).exp(), edm.icdf(2 * u % 1, lo, hi))
+        normal = torch.distributions.Normal(edm.p_mean, edm.p_std)
+        below, above = normal.cdf(torch.tensor([lo, hi], dtype=torch.float64).log())
+        part = normal.log_prob(sigma.log()).exp() / (above - below)      # density of ln sigma, EDM's half
+        return sigma, 2 / (1 / math.log(hi / lo) + part) / sigma ** 2
 
 
 @dataclass
@@ -169,10 +171,9 @@ class Masking(Noise):
     mask_id: int = field(default=0, init=False)  # the token that stands for a mask; a model's Config sets it
 
     def __post_init__(self):
-        if self.n_blocks < 1 or not (self.gamma >= 0 and 0 < self.eps < 0.5):
-            raise ValueError("need n_blocks of at least 1, gamma of at least 0 and 0 < eps < 0.5")
-        if self.schedule not in ("linear", "cosine"):
-            raise ValueError("schedule must be linear or cosine")
+        known = self.schedule in ("linear", "cosine")
+        if not (known and self.n_blocks >= 1 and self.gamma >= 0 and 0 < self.eps < 0.5):
+            raise ValueError("need n_blocks > 0, gamma >= 0, 0 < eps < 0.5, and schedule linear or cosine")
         self.ends = [self._inverse(1 - (self.n_blocks - i) / self.n_blocks) for i in range(self.n_blocks + 1)]
 
     def mask_probability(self, t):
@@ -256,8 +257,7 @@ def bayes_logits(prior, z, sigma, table):
     Bayes' rule: log p(z | y) is -|z - E_y|^2 / 2 sigma^2, and with rows of equal norm only z.E_y / sigma^2
     depends on y. It is to cross-entropy what c_skip is to squared error. In float32: the term reaches 1e5."""
     with torch.autocast(z.device.type, enabled=False):
-        likelihood = (z.float() / expand(sigma, z) ** 2) @ table.T  # (B, ..., V)
-    return prior.float() + likelihood
+        return prior.float() + (z.float() / expand(sigma, z) ** 2) @ table.T        # (B, ..., V)
 
 
 def edm_logits(f, z, sigma, table, noise, scale):
@@ -338,7 +338,7 @@ def bound_ends(error, y, noise):
     return reconstruction, (y.flatten(1) ** 2).sum(1).mean().item() / (2 * noise.sigma_max ** 2)
 
 
-def score_labels(logits, target, table, noise, n=4):
+def score_labels(logits, target, table, noise, n=8):
     """{name: nats, summed over the batch} of the blocks on targets (B, ...): each "block b", its share of the
     bound from n levels; the bound's "ends"; the `ensemble` of each, "block b alone", and of all."""
     y, scores, every = table[target], {}, list(range(noise.n_blocks))                    # (B, ..., C)

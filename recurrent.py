@@ -360,7 +360,7 @@ def evaluate(blocks, others, data, n_windows=256):
             total[name] += cross_entropy(net.logits(x), target).sum().item()
         e, _ = block.condition(x)                                            # (B, T, C)
         total.update(score_labels(lambda b, z, sigma: block.logits(e, z, sigma)[0],
-                                  target, block.table, block.noise, n=8))
+                                  target, block.table, block.noise))
     bits = 1 / (math.log(2) * data.bytes_per_token * windows[:, 1:].numel())
     scores = {name: {"bits per byte": bits * nats} for name, nats in total.items()}
     shares = {name: scores.pop(name) for name in ("block 0", "ends")}
