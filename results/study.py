@@ -1,11 +1,11 @@
 """Studies of results/README.md, a command for each row:
 
     python results/study.py              # names all rows
-    python results/study.py gpt_short    # trains and scores one: OUT/study/gpt_short.jsonl
+    python results/study.py gpt_adaln    # trains and scores one: OUT/study/gpt_adaln.jsonl
 
 A row's file holds what it rests on, the logs of training and, in its last line, the tables of its evaluation;
 table.py reads a copy in results/study. Cut off, the command goes on where it was. Flags of train.py after a
-row outvote its own: `gpt_short --steps 20`. Some rows put a class of this file in the place of a model's."""
+row outvote its own: `gpt_adaln --steps 20`. Some rows put a class of this file in the place of a model's."""
 import importlib
 import json
 from pathlib import Path
