@@ -84,11 +84,10 @@ def rows():
     # mdm's control, two layers for all t, with MD4's other schedule, which trains more on many masks
     row("mdm_cosine", "mdm", "--n-layer 2 --n-blocks 1 --schedule cosine")
     # what stands between gpt's control and its block; "both" is a block whose noise is taken away
-    noiseless = "--n-blocks 1 --sigma-min 60 --sigma-max 80 --z-rate 0 --n-layer"
-    row("gpt_both", "gpt", f"{noiseless} 2")
-    row("gpt_streams", "gpt", f"{noiseless} 2 --z-rate 1", Block=Unmodulated)
+    noiseless = "--n-layer 2 --n-blocks 1 --sigma-min 60 --sigma-max 80"
+    row("gpt_both", "gpt", f"{noiseless} --z-rate 0")
+    row("gpt_streams", "gpt", f"{noiseless} --z-rate 1", Block=Unmodulated)
     row("gpt_adaln", "gpt", "", "--control", EndToEnd=Modulated)
-    row("gpt_deep_both", "gpt", f"{noiseless} 8")  # the same with all layers of the baseline
     row("gpt_deep_double", "gpt", "--steps 1600", "--end-to-end")  # takes about the time of all blocks
     row("mdm_wide", "mdm", "", Masking=PreferOwn)
     return found
