@@ -60,6 +60,8 @@ PAPER = dict(patch_size=2, batch_size=512, epochs=100.0, final_lr=1.0, warmup=0,
              weight_decay=0.0, ema=0.9999, guidance=2.0)
 PRESETS = {
     "default": dict(steps=3000, batch_size=64, lr=2e-3, warmup=100, weight_decay=0.0, beta2=0.99, ema=0.999),
+    "cpu": dict(steps=6000, data="uoft-cs/cifar10", augment="flip", n_embd=128, n_mlp=512, patch_size=4,
+                n_cond=128, batch_size=64, lr=2e-3, warmup=100, weight_decay=0.0, beta2=0.99, ema=0.999),
     "cifar10": dict(PAPER, data="uoft-cs/cifar10", augment="flip", n_layer=12, n_blocks=3, n_head=6,
                     n_embd=384, n_mlp=1536, n_cond=384, lr=1e-4),
     # latents of the training images, N x 4 x 32 x 32, made with any VAE

@@ -50,9 +50,9 @@ class Config:
 # A preset names fields of Config, its noise, the data's settings or train.py's Training.
 PRESETS = {
     "default": dict(steps=1200, batch_size=16, lr=3e-3, warmup=100, weight_decay=0.03, beta2=0.99, ema=0.999),
-    "text8": dict(data="afmck/text8", n_layer=12, n_blocks=3, n_head=12, n_embd=768, n_cond=128, seq_len=256,
-                  batch_size=256, epochs=100.0, lr=3e-4, warmup=2000, weight_decay=0.03, beta2=0.999,
-                  ema=0.9999),
+    "cpu": dict(steps=4000, batch_size=16, lr=3e-3, warmup=100, weight_decay=0.03, beta2=0.99, ema=0.999),
+    "text8": dict(data="afmck/text8", n_layer=12, n_head=12, n_embd=768, n_cond=128, batch_size=256,
+                  epochs=100.0, lr=3e-4, warmup=2000, weight_decay=0.03, beta2=0.999, ema=0.9999),
 }
 
 
