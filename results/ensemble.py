@@ -4,7 +4,7 @@
 
 OUT holds blocks, baseline and control, trained with `--out OUT`. If they are there, too: OUT/control1,
 OUT/control2 and so on, controls of other seeds; OUT/long, a control with as many updates as all blocks
-together; OUT/noiseless1 and so on, a block 0 trained without noise. mdm: the mean of the blocks at every t,
+together; OUT/noiseless1 and so on, a block 0 trained without noise. mdm: every block and the mean of all at every t,
 also beyond their own. recurrent: the mean of its block at K levels."""
 from dataclasses import replace
 from functools import partial
@@ -74,6 +74,7 @@ def main(argv):
         ("control, as long as all blocks", "control", "long")) for net in trained(part, pattern)}
     if model == "mdm":
         others["mean of the blocks at every t"] = MeanOfMasked(blocks)
+        others |= {f"block {b} at every t": net for b, net in enumerate(blocks)}
     elif model == "recurrent":
         others |= {f"block, mean over {n} levels": mean(module, [partial(at_levels, blocks[0], n)])
                    for n in (2, 4, 16)}

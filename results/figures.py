@@ -88,16 +88,21 @@ def loss():
 
 
 def curves():
-    """Held-out bits of gpt while it is trained, over updates of each network and over minutes of training."""
-    tables = json.loads((HERE / "gpt/long/curves.json").read_text())["tables"]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for name, colour in zip(tables, (BASELINE, CONTROL, *BLOCKS)):
-        rows = tables[name]
-        for axis, x in zip(axes, ([int(step) for step in rows], [row["minutes"] for row in rows.values()])):
-            axis.plot(x, [row["bits"] for row in rows.values()], color=colour, label=name, marker=".")
-    axes[0].set(xlabel="updates of each network", ylabel="bits per byte on held-out text")
-    axes[1].set(xlabel="minutes of training, one CPU core")
-    axes[0].legend(fontsize=8)
+    """Held-out scores of gpt and vit while they are trained, over updates of each network and over minutes of
+    training; means over seeds."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 7), sharey="row")
+    for (left, right), model, score, ylabel in zip(axes, ("gpt", "vit"), ("bits", "right, %"), (
+            "gpt: bits per byte on held-out text", "vit, CIFAR-100: accuracy, %")):
+        logs = sorted(HERE.glob(f"cpu/seed*/{model}/curves.json"))
+        seeds = [json.loads(log.read_text())["tables"] for log in logs]
+        for name, colour in zip(seeds[0], (BASELINE, CONTROL, *BLOCKS)):
+            y, minutes = (np.mean([[row[key] for row in tables[name].values()] for tables in seeds], axis=0)
+                          for key in (score, "minutes"))
+            for axis, x in ((left, [int(step) for step in seeds[0][name]]), (right, minutes)):
+                axis.plot(x, y, color=colour, label=name, marker=".")
+        left.set(xlabel="updates of each network", ylabel=ylabel)
+        right.set(xlabel="minutes of training, one CPU core")
+        left.legend(fontsize=8)
     save(figure, "curves")
 
 

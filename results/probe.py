@@ -1,12 +1,11 @@
 """What an evaluation does beyond the main figures, of the blocks, baseline and control in OUT:
 
-    python results/probe.py --model gpt --out out     # writes OUT/gpt/probe.json
+    python results/probe.py --model gpt --out out [--steps]    # writes OUT/gpt/probe.json
 
-figures.py and table.py read a copy in results/probe: gpt.json, and of seed S gpt_seedS.json. Minutes on a CPU
-core: 5 to 20. "steps" needs a judge in OUT: for dit the end-to-end vit.py, for mdm the end-to-end gpt.py.
+Minutes on a CPU core: 2 to 10. "steps" needs a judge in OUT: for dit the end-to-end vit.py, for mdm gpt.py's.
 curve: the loss of every block at every noise level, also where it was not trained; beside it the exact
 posterior from z alone, without a network, baseline and control. "z = 0": the block without a noisy target.
-steps, of seed 0 only: what the sampler makes of another number of levels, and without a block (the chain
+steps: what the sampler makes of another number of levels, and without a block (the chain
 skips its levels); generated text or images."""
 import math
 
@@ -104,8 +103,8 @@ def label_steps(setup, blocks, baseline, control):
     """The chain over the number of its levels, and without each block; of recurrent the baseline's passes."""
     labels, noise = Labels(setup, blocks), blocks[0].noise
     if setup.model == "recurrent":
-        levels = {n: {f"baseline, {labels.unit}": labels.plain(baseline, n)} for n in LEVELS}
-        return {"levels": levels, "text": continued_text(setup, blocks, baseline)}
+        return {"levels": {n: {f"baseline, {labels.unit}": labels.plain(baseline, n)} | (
+            labels.chain(noise.steps(n)) if n > 1 else {}) for n in LEVELS}}
     tables = {"levels": {n: labels.chain(noise.steps(n)) for n in LEVELS if n > 1},
               "left out": {"none": labels.chain(noise.steps(16))}}
     for b in range(len(blocks)) if len(blocks) > 1 else ():
@@ -214,19 +213,22 @@ def dit_steps(setup, blocks, baseline, control):
 
 @torch.no_grad()
 def main(argv):
-    setup = begin([*Parser(__doc__).parse_known_args(argv)[1], "--eval"])
+    parser = Parser(__doc__)
+    parser.add_argument("--steps", action="store_true")
+    own, rest = parser.parse_known_args(argv)
+    setup = begin([*rest, "--eval"])
     known = dict.fromkeys(("vit", "gpt", "recurrent"), (label_curve, label_steps)) | {
         "dit": (dit_curve, dit_steps), "mdm": (mdm_curve, mdm_steps)}
     if setup.model not in known:
         raise UserError(f"probe.py knows {', '.join(known)}, not {setup.model}")
-    nets, first_seed = load(setup), setup.training.seed == 0
-    if first_seed and setup.model in ("dit", "mdm"):
+    nets = load(setup)
+    if own.steps and setup.model in ("dit", "mdm"):
         judge_of(setup)  # if it is missing, this is the time to say so
     (curve, steps), noise = known[setup.model], nets[0][0].noise
     print("curve: the loss at every noise level", flush=True)
     report = about("probe", argv) | {"intervals": [noise.interval(b) for b in range(len(nets[0]))],
                                      "curve": curve(setup, *nets)}
-    if first_seed:
+    if own.steps:
         print("steps: other numbers of levels, and levels left out", flush=True)
         report["steps"] = steps(setup, *nets)
     write(setup.folder / "probe.json", report)
