@@ -47,14 +47,16 @@ def tables_of(setup):
     """{model: {update: {column: number}}}, of all updates whose checkpoints were kept."""
     out, module, model, device = Path(setup.run.out), setup.module, setup.model, setup.device
     pairs, unit = held_out(setup), setup.data.bytes_per_token if module.DATA == "text" else 1
-    minutes = {log.stem: {row["step"]: row["step"] * row["ms"] / 6e4 for row in map(json.loads, log.open())}
-               for log in (out / model).glob("*.jsonl")}
+    logs = {log.stem: [json.loads(line) for line in log.open()] for log in (out / model).glob("*.jsonl")}
+
+    def minutes(part, step):
+        return step * [row["ms"] for row in logs[part] if row["step"] <= step][-1] / 6e4
     tables = {"end to end": {}, "control": {}, "blocks, averaged": {}, "best block alone": {}}
     for folder in sorted(out.glob("at_*"), key=lambda p: int(p.name[3:])):
         step = int(folder.name[3:])
         blocks, state = train.assemble(module, model, folder, device)
         readouts = [partial(alone, net, b) for b, net in enumerate(blocks)]
-        time = [minutes[f"block_{b}"][step] for b in range(len(blocks))]
+        time = [minutes(f"block_{b}", step) for b in range(len(blocks))]
         tables["blocks, averaged"][step] = score(mean(module, readouts), pairs, unit) | {"minutes": sum(time)}
         each = [score(mean(module, [readout]), pairs, unit) for readout in readouts]
         best = min(range(len(blocks)), key=lambda b: each[b]["bits"])
@@ -62,7 +64,7 @@ def tables_of(setup):
         for name in ("end to end", "control"):
             part = name.replace(" ", "_")
             net, _ = train.trained(module, model, part, folder, device, state)
-            tables[name][step] = score(net, pairs, unit) | {"minutes": minutes[part][step]}
+            tables[name][step] = score(net, pairs, unit) | {"minutes": minutes(part, step)}
     return tables
 
 
