@@ -106,17 +106,19 @@ def curves():
     save(figure, "curves")
 
 
-def dit_grid():
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.8))
-    for axis, name, title in zip(axes, ("eval_baseline", "eval_blocks"), (
-            "end to end, 6 layers at every step", "3 blocks, 2 layers at every step")):
-        axis.imshow(plt.imread(HERE / "dit" / f"{name}.png"), interpolation="nearest", cmap="gray")
-        axis.set(title=title)
-        axis.axis("off")
-    save(figure, "dit_grid")
+def dit_grids():
+    for name, folder, files in (("dit_grid", "dit", ("eval_baseline", "eval_blocks")),
+                                ("dit_cifar10", "cpu/seed0/dit", ("sample_end_to_end", "sample"))):
+        figure, axes = plt.subplots(1, 2, figsize=(9, 4.8))
+        for axis, file, title in zip(axes, files, (
+                "end to end, 6 layers at every step", "3 blocks, 2 layers at every step")):
+            axis.imshow(plt.imread(HERE / folder / f"{file}.png"), interpolation="nearest", cmap="gray")
+            axis.set(title=title)
+            axis.axis("off")
+        save(figure, name)
 
 
 if __name__ == "__main__":
-    for draw in (edges, loss, curves, dit_grid):
+    for draw in (edges, loss, curves, dit_grids):
         draw()
         print(f"drew {draw.__name__}")

@@ -79,31 +79,33 @@ def described(mark):
 
 
 def main_table():
-    """A row for each model: its task and figure of merit, four scores, and the memory of an update."""
-    bits = "tables/bits per byte on held-out text{}/{{}}/bits per byte:3"
-    old, new = "{}/seed*/eval.json/", "{}/{}averaged_seed*.json/"  # recorded before, and with this code
-    rows = [("vit", "CIFAR-100, 3 blocks: accuracy, % ↑", "cifar100",
-             new.format("vit", "cifar100_") + "tables/held-out images/{}/accuracy, %:1",
-             ["end to end", "control", "blocks from z = 0", "blocks (ensemble)"]),
-            ("gpt", "Python sources, 4 blocks: bits per byte ↓", "default",
-             new.format("gpt", "") + bits.format(""),
-             ["end to end", "control", "blocks (bound)", "blocks (ensemble)"]),
-            ("recurrent", "Python sources, 1 block: bits per byte ↓", "default",
-             new.format("recurrent", "") + bits.format(""),
-             [old.format("recurrent") + bits.format("").format("baseline"), "control", "blocks (bound)", ""]),
-            ("mdm", "Python sources, 3 blocks †: bits per byte ↓", "default",
-             old.format("mdm") + bits.format(" (bound)"), ["baseline", "control", "blocks", ""]),
-            ("dit", "8x8 digits, 3 blocks †: denoising loss ↓", "default",
-             old.format("dit") + "tables/denoising loss by block/*/{}:3",
-             ["baseline", "control", "blocks", ""])]
-    head = ["", "task and figure of merit", "end to end", "control: one block's layers",
-            "**blocks, a chain over noise levels**", "**blocks, averaged**",
-            "peak memory of a block's update, % of end to end"]
-    return markdown(head, [
-        [f"`{model}.py`", task,
-         *(name and cell(name if "/" in name else path.format(name)) for name in names),
-         cell(f"memory/{memory}/{model}.json/tables/of end to end, %/one block/peak:0")]
-        for model, task, memory, path, names in rows])
+    """Rows of scores of --preset cpu, and of what an update costs."""
+    held, alone = "eval.json/tables/held-out images/{}/accuracy, %:1", "curves.json/tables/best block alone/"
+    bits = "{}.json/tables/bits per byte on held-out text{}/{{}}/bits per byte:3"
+    loss = "eval.json/tables/denoising loss on held-out images/{}/weighted squared error:4"
+    frechet = ("frechet.json/tables/generated images/{}, guidance 1/"
+               "Frechet distance, features of EfficientNet-lite0:0")
+    memory = "cpu/bench/{}/memory.json/tables/of end to end, %/{}/peak:0"
+    rows = [("vit", "CIFAR-100: accuracy, % ↑", held, "blocks from z = 0", "blocks (ensemble)",
+             alone + "7813/right, %:1"),
+            ("gpt", "Python sources: bits per byte ↓", bits.format("eval", ""), "blocks (bound)",
+             "blocks (ensemble)", alone + "4000/bits:3"),
+            ("mdm", "Python sources: bits per byte ↓", bits.format("ensemble", " (bound)"), "blocks",
+             "mean of the blocks at every t", "block 1 at every t"),
+            ("dit", "CIFAR-10: denoising loss ↓", loss, "blocks"),
+            ("dit", "CIFAR-10: Fréchet distance ↓", frechet, "blocks"),
+            ("recurrent", "Python sources, equal time: bits per byte ↓", bits.format("eval", ""),
+             "blocks (bound)", "", "block 0 alone")]
+    head = ["", "task and figure of merit", "end to end", "control: one block's layers", "**blocks, a chain over "
+            "noise levels**", "**blocks, averaged**", "one block alone", "memory of a block's update (of end to "
+            "end, checkpointed), %", "time of all blocks' updates, %"]
+    table = [[f"`{model}.py`", task, *("" if name == "" else cell(f"cpu/seed*/{model}/" + (
+                 name if ".json" in name else path.format(name))) for name in ("end to end", "control", *names)),
+              *[""] * (3 - len(names)), "{} ({})".format(*(cell(memory.format(model, part)) for part in (
+                  "one block", "end to end, activations checkpointed"))),
+              cell(f"cpu/bench/{model}/bench.json/tables/one update of */all blocks/of end to end, %:0")]
+             for model, task, path, *names in rows]
+    return markdown(head, table)
 
 
 def exchanged(model):
