@@ -5,7 +5,8 @@
 
 The checkpoint of update N (--save-every) is kept in OUT/at_N. A row has bits, the share of right answers and
 the minutes of training until then, with validation and saving: of averaged blocks the sum over blocks. Rows
-before the last are in the middle of the learning rate's schedule. The best block is chosen on these data."""
+before the last are in the middle of the learning rate's schedule. --log-every has to be no larger than
+--save-every. The best block is chosen on these data."""
 import json
 import math
 from functools import partial

@@ -4,8 +4,8 @@
 
 OUT holds blocks, baseline and control, trained with `--out OUT`. If they are there, too: OUT/control1,
 OUT/control2 and so on, controls of other seeds; OUT/long, a control with as many updates as all blocks
-together; OUT/noiseless1 and so on, a block 0 trained without noise. mdm: every block and the mean of all at every t,
-also beyond their own. recurrent: the mean of its block at K levels."""
+together; OUT/noiseless1 and so on, a block 0 trained without noise. mdm: every block and the mean of all at
+every t, also beyond their own. recurrent: the mean of its block at K levels."""
 from dataclasses import replace
 from functools import partial
 from pathlib import Path

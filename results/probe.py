@@ -2,11 +2,11 @@
 
     python results/probe.py --model gpt --out out [--steps]    # writes OUT/gpt/probe.json
 
-Minutes on a CPU core: 2 to 10. "steps" needs a judge in OUT: for dit the end-to-end vit.py, for mdm gpt.py's.
+Minutes on a CPU core: 2 to 20. --steps needs a judge in OUT: for dit the end-to-end vit.py, for mdm gpt.py's.
 curve: the loss of every block at every noise level, also where it was not trained; beside it the exact
 posterior from z alone, without a network, baseline and control. "z = 0": the block without a noisy target.
-steps: what the sampler makes of another number of levels, and without a block (the chain
-skips its levels); generated text or images."""
+steps: what the sampler makes of another number of levels, and without a block (the chain skips its levels);
+generated text or images."""
 import math
 
 import torch
@@ -129,15 +129,14 @@ def score_text(judge, tokens, start, data):
 def continued_text(setup, blocks, baseline):
     """Half a window after held-out quarters of one; the judge is the baseline, which favours its own text."""
     start, stop = setup.config.seq_len // 4, 3 * setup.config.seq_len // 4
-    rows, chain = (64, {"sampler": "euler", "euler_steps": 32}) if setup.model == "gpt" else (32, {})
-    held_out = setup.data.held_out(rows, setup.config)[:, :stop]
+    held_out = setup.data.held_out(64, setup.config)[:, :stop]
 
     def score(nets, **how):
         torch.manual_seed(0)
         tokens = setup.module.generate(nets, held_out[:, :start], stop - start, **how)
         return score_text(baseline, tokens, start, setup.data)
-    ways = {"baseline": (baseline, {}), "blocks, 32 levels": (blocks, chain)}
-    ways |= {"blocks, averaged": (blocks, {})} if chain else {}
+    ways = {"baseline": (baseline, {}), "blocks, averaged": (blocks, {}),
+            "blocks, 32 levels": (blocks, {"sampler": "euler", "euler_steps": 32})}
     return {"held-out text": score_text(baseline, held_out, start, setup.data)} | {
         f"{name}, temperature {t}": score(nets, temperature=t, **how)
         for name, (nets, how) in ways.items() for t in (0.0, 0.7, 0.85, 1.0)}

@@ -8,7 +8,8 @@ A table stands between a mark, which says what is in it, and `<!-- end -->`:
 
 The first line is the path of a number: a log, then keys of its JSON. {row} and {column} are entries of the
 lists ("=>" renames one; without `rows`: all keys). ":3": three decimals, ":3g": three significant digits,
-":0M": millions. A * in a log's name: mean ± deviation over seeds; in a key: mean. "A minus B": difference."""
+":0M": millions. A * in a log's name: mean ± deviation over seeds; in a key: mean. "last": the last key there.
+"A minus B": difference."""
 import json
 import re
 import statistics
@@ -29,7 +30,9 @@ def find(log, keys):
         return None if None in (first, second) else first - second
     if "*" in key:
         numbers = [find(log[k], rest) for k in log if fnmatchcase(k, key)]
-        return None if None in numbers else statistics.mean(numbers)
+        return statistics.mean(numbers) if numbers and None not in numbers else None
+    if key == "last":
+        return find(list(log.values())[-1], rest)
     return find(log.get(key), rest)
 
 
@@ -48,8 +51,6 @@ def shown(numbers, digits, kind=""):
         return f"{mean / 1e6:.{digits}f}"
     if kind == "g":
         return f"{mean:,.0f}" if mean >= 10 ** (digits - 1) else f"{mean:.{digits}g}"
-    if max(numbers) >= 1e4:
-        return f"{mean:.1e}"
     spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
     return f"{mean:.{digits}f}{spread}"
 
@@ -79,32 +80,34 @@ def described(mark):
 
 
 def main_table():
-    """Rows of scores of --preset cpu, and of what an update costs."""
-    held, alone = "eval.json/tables/held-out images/{}/accuracy, %:1", "curves.json/tables/best block alone/"
-    bits = "{}.json/tables/bits per byte on held-out text{}/{{}}/bits per byte:3"
-    loss = "eval.json/tables/denoising loss on held-out images/{}/weighted squared error:4"
-    frechet = ("frechet.json/tables/generated images/{}, guidance 1/"
-               "Frechet distance, features of EfficientNet-lite0:0")
-    memory = "cpu/bench/{}/memory.json/tables/of end to end, %/{}/peak:0"
-    rows = [("vit", "CIFAR-100: accuracy, % ↑", held, "blocks from z = 0", "blocks (ensemble)",
-             alone + "7813/right, %:1"),
-            ("gpt", "Python sources: bits per byte ↓", bits.format("eval", ""), "blocks (bound)",
-             "blocks (ensemble)", alone + "4000/bits:3"),
-            ("mdm", "Python sources: bits per byte ↓", bits.format("ensemble", " (bound)"), "blocks",
-             "mean of the blocks at every t", "block 1 at every t"),
-            ("dit", "CIFAR-10: denoising loss ↓", loss, "blocks"),
-            ("dit", "CIFAR-10: Fréchet distance ↓", frechet, "blocks"),
-            ("recurrent", "Python sources, equal time: bits per byte ↓", bits.format("eval", ""),
+    """Scores of --preset cpu, a row for each model and figure of merit, and what an update costs."""
+    bits = "tables/bits per byte on held-out text{}/{{}}/bits per byte:3"
+    text, alone = "eval.json/" + bits.format(""), "curves.json/tables/best block alone/last/"
+    rows = [("vit", "CIFAR-100: accuracy, % ↑", "eval.json/tables/held-out images/{}/accuracy, %:1",
+             "blocks from z = 0", "blocks (ensemble)", alone + "right, %:1"),
+            ("gpt", "Python sources: bits per byte ↓", text,
+             "blocks (bound)", "blocks (ensemble)", alone + "bits:3"),
+            ("mdm", "Python sources: bits per byte ↓", "ensemble.json/" + bits.format(" (bound)"),
+             "blocks", "mean of the blocks at every t", "block 1 at every t"),
+            ("dit", "CIFAR-10: denoising loss ↓",
+             "eval.json/tables/denoising loss on held-out images/{}/weighted squared error:4", "blocks", "", ""),
+            ("dit", "CIFAR-10: Fréchet distance ↓", "frechet.json/tables/generated images/{}, guidance 1/"
+             "Frechet distance, features of EfficientNet-lite0:0", "blocks", "", ""),
+            ("recurrent", "Python sources, equal time: bits per byte ↓", text,
              "blocks (bound)", "", "block 0 alone")]
-    head = ["", "task and figure of merit", "end to end", "control: one block's layers", "**blocks, a chain over "
-            "noise levels**", "**blocks, averaged**", "one block alone", "memory of a block's update (of end to "
-            "end, checkpointed), %", "time of all blocks' updates, %"]
-    table = [[f"`{model}.py`", task, *("" if name == "" else cell(f"cpu/seed*/{model}/" + (
-                 name if ".json" in name else path.format(name))) for name in ("end to end", "control", *names)),
-              *[""] * (3 - len(names)), "{} ({})".format(*(cell(memory.format(model, part)) for part in (
-                  "one block", "end to end, activations checkpointed"))),
-              cell(f"cpu/bench/{model}/bench.json/tables/one update of */all blocks/of end to end, %:0")]
-             for model, task, path, *names in rows]
+    head = ["", "task and figure of merit", "end to end", "control: one block's layers",
+            "**blocks, a chain over noise levels**", "**blocks, averaged**", "one block alone",
+            "memory of a block's update (of end to end, checkpointed), % of end to end",
+            "time of an update of all blocks, %"]
+    table = []
+    for model, task, path, *names in rows:
+        paths = [name if ".json" in name else name and path.format(name)
+                 for name in ("end to end", "control", *names)]
+        peaks = [cell(f"cpu/bench/{model}/memory.json/tables/of end to end, %/{part}/peak:0")
+                 for part in ("one block", "end to end, activations checkpointed")]
+        table.append([f"`{model}.py`", task, *(path and cell(f"cpu/seed*/{model}/{path}") for path in paths),
+                      "{} ({})".format(*peaks),
+                      cell(f"cpu/bench/{model}/bench.json/tables/one update of */all blocks/of end to end, %:0")])
     return markdown(head, table)
 
 
