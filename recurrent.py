@@ -59,7 +59,7 @@ class Config:
 # A preset names fields as in gpt.py. lm1b is the paper's, but for the tokenizer; its baseline: --epochs 5.
 PRESETS = {
     "default": dict(steps=400, batch_size=16, lr=6e-3, warmup=50),
-    "cpu": dict(steps=1200, batch_size=16, lr=6e-3, warmup=50),  # block, control: --steps 9600 takes as long
+    "cpu": dict(steps=1200, batch_size=16, lr=6e-3, warmup=50),  # block, control: --steps 9600, about as long
     "lm1b": dict(n_head=8, n_embd=512, n_cond=128, seq_len=256, data="dvruette/lm1b", tokenizer="gpt2",
                  batch_size=256, accumulate=16, epochs=15.0, lr=3e-4, warmup=2500, p_mean=-1.2, p_std=1.2),
 }
