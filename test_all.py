@@ -29,8 +29,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-import data.images
-import data.text
 import dit
 import gpt
 import mdm
@@ -47,6 +45,8 @@ sys.path.append(str(HERE / "results"))
 import bench  # noqa: E402
 import mlp  # noqa: E402
 from frechet import frechet_distance  # noqa: E402
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also where there is a GPU, and in child processes
 
 MODELS = (gpt, vit, dit, mdm, recurrent)
 EDM = dict(p_mean=-1.2, p_std=1.2)  # the paper's noise
