@@ -239,7 +239,7 @@ class Block(Recurrent):
         _, _, c_in, c_noise = self.noise.precondition(sigma)
         cond, n = self.noise_embedding(c_noise), self.config.n_core          # (B, 1, n_cond)
         h = torch.cat([self.config.z_rate * c_in[:, None, None] * z, e], dim=-1)             # (B, T, 2C)
-        h, core = run(self.core, self.adapter(h), start, past and past[:n], cond)
+        h, core = run(self.core, self.adapter(h).float(), start, past and past[:n], cond)
         h, coda = run(self.coda, self.norm(h), start, past and past[n:], cond)
         h, new = self.norm(h), core + coda                                   # (B, T, C), pairs of all layers
         if self.config.readout == "edm":
@@ -281,7 +281,7 @@ class EndToEnd(Recurrent):
         state = self.first_state(e)
         for k in range(n_passes):
             with torch.set_grad_enabled(train and k >= n_passes - self.config.grad_passes):
-                state, _ = run(self.core, self.adapter(torch.cat([state, e], dim=-1)))       # (B, T, C)
+                state, _ = run(self.core, self.adapter(torch.cat([state, e], dim=-1)).float())  # (B, T, C)
         h, _ = run(self.coda, self.norm(state))                              # (B, T, C)
         return F.linear(self.norm(h), self.embed.weight).float()
 

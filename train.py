@@ -40,6 +40,7 @@ from diffusion_blocks import seed_of
 
 CONTRACT = ("DATA", "Config", "PRESETS", "Sampling", "Block", "EndToEnd")  # of a model file
 ACTIONS = ("model", "preset", "block", "end_to_end", "control", "eval", "sample")  # flags, but no settings
+os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # it fails on recurrent (torch 2.11)
 STOP = []  # the signals that came: the update ends and is saved
 
 
@@ -97,8 +98,7 @@ def train(module, model, part, config, training, run, data, device, rank=0, size
     torch.manual_seed(seed_of(training.seed, f"{part} weights"))
     net = build(module, config, part).to(device).train()
     average = copy.deepcopy(net).eval().requires_grad_(False) if training.ema else None
-    optimizer = make_optimizer(net, training, device)
-    step, log = 0, []
+    optimizer, step, log = make_optimizer(net, training, device), 0, []
     if run.resume and path.exists():
         state = load(path, model)
         require_same(path, state, about, "config", "training", "settings")
@@ -417,9 +417,8 @@ def settle(typed, preset, module, source, rank=0, n_ranks=1):
     if act and typed["block"] or typed["eval"] and parts or not (act or parts or typed["block"]):
         raise UserError("say what to do: --block N, --block all, --end-to-end, --control, --eval or --sample "
                         "(or the last with --end-to-end or --control)")
-    allowed = [Run, source.Settings, *([] if act else [Training, module.Config])]
-    allowed += [module.Sampling] * typed["sample"]
-    useless = set(typed).difference(ACTIONS, ["seed"] * typed["sample"], *(flat(cls()) for cls in allowed))
+    own = [Run, source.Settings, *([module.Sampling] * typed["sample"] if act else [Training, module.Config])]
+    useless = set(typed).difference(ACTIONS, ["seed"] * typed["sample"], *(flat(cls()) for cls in own))
     if useless:
         raise UserError(f"--{min(useless).replace('_', '-')} has no effect here; drop it")
     typed = typed | ({"epochs": 0.0} if "steps" in typed else {})
@@ -451,8 +450,7 @@ def set_up(run, training, local_rank=0):
         device = torch.zeros(1, device=f"cuda:{local_rank}" if name == "cuda" else name).device
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} cannot be used here: {str(e).splitlines()[0]}") from None
-    cuda = device.type == "cuda"
-    if cuda:
+    if cuda := device.type == "cuda":
         torch.cuda.set_device(device)
     if run.threads > 0:
         torch.set_num_threads(run.threads)
@@ -481,8 +479,8 @@ def main(argv):
         training = replaced(training, {"accumulate": math.ceil(training.accumulate / size) * size})
         connect(parts[0], rank, size, device)
     print(f"data: {data.describe()}; {device}, {torch.get_num_threads()} threads", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: STOP.append(number))
+    for number in (signal.SIGINT, signal.SIGTERM):  # after the first one Ctrl-C ends the program at once
+        signal.signal(number, lambda n, frame: (STOP.append(n), signal.signal(signal.SIGINT, signal.SIG_DFL)))
     for part in parts:
         train(module, model, part, config, training, run, data, device, rank, size)
         gc.collect()  # a wrapped layer refers to itself
@@ -495,6 +493,8 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (UserError, argparse.ArgumentError) as e:
         sys.exit(f"error: {e}")
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"error: {str(e).split(' GPU ')[0]} Try a larger --accumulate, or --checkpoint-activations")
     except (BrokenPipeError, KeyboardInterrupt):  # as of `| head`, or of Ctrl-C
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
