@@ -93,7 +93,7 @@ def main_table():
              "eval.json/tables/denoising loss on held-out images/{}/weighted squared error:4", "blocks", "", ""),
             ("dit", "CIFAR-10: Fréchet distance ↓", "frechet.json/tables/generated images/{}, guidance 1/"
              "Frechet distance, features of EfficientNet-lite0:0", "blocks", "", ""),
-            ("recurrent", "Python sources, about equal time: bits per byte ↓", text,
+            ("recurrent", "Python sources, equal time (cannot judge the method): bits per byte ↓", text,
              "blocks (bound)", "", "block 0 alone")]
     head = ["", "task and figure of merit", "end to end", "control: one block's layers",
             "**blocks, a chain over noise levels**", "**blocks, averaged**", "one block alone",
