@@ -46,7 +46,7 @@ import bench  # noqa: E402
 import mlp  # noqa: E402
 from frechet import frechet_distance  # noqa: E402
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also where there is a GPU, and in child processes
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also where there is an NVIDIA GPU, and in child processes
 
 MODELS = (gpt, vit, dit, mdm, recurrent)
 EDM = dict(p_mean=-1.2, p_std=1.2)  # the paper's noise

@@ -40,7 +40,7 @@ from diffusion_blocks import seed_of
 
 CONTRACT = ("DATA", "Config", "PRESETS", "Sampling", "Block", "EndToEnd")  # of a model file
 ACTIONS = ("model", "preset", "block", "end_to_end", "control", "eval", "sample")  # flags, but no settings
-os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # it fails on recurrent (torch 2.11)
+os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # fails with recurrent, torch 2.11
 STOP = []  # the signals that came: the update ends and is saved
 
 
@@ -494,7 +494,7 @@ if __name__ == "__main__":
     except (UserError, argparse.ArgumentError) as e:
         sys.exit(f"error: {e}")
     except torch.OutOfMemoryError as e:
-        sys.exit(f"error: {str(e).split(' GPU ')[0]} Try a larger --accumulate, or --checkpoint-activations")
+        sys.exit(f"error: {str(e).split(' GPU ')[0]} To train, try --accumulate or --checkpoint-activations")
     except (BrokenPipeError, KeyboardInterrupt):  # as of `| head`, or of Ctrl-C
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

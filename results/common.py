@@ -126,5 +126,5 @@ def run(main):
     """Call main with the command line; a user's mistake is told in one line."""
     try:
         main(sys.argv[1:])
-    except (UserError, argparse.ArgumentError) as e:
+    except (UserError, argparse.ArgumentError, torch.OutOfMemoryError) as e:
         sys.exit(f"error: {e}")

@@ -97,7 +97,7 @@ def main_table():
              "blocks (bound)", "", "block 0 alone")]
     head = ["", "task and figure of merit", "end to end", "control: one block's layers",
             "**blocks, a chain over noise levels**", "**blocks, averaged**", "one block alone",
-            "memory of a block's update (of end to end, checkpointed), % of end to end",
+            "peak memory of a block's update (of end to end, checkpointed), % of end to end",
             "time of an update of all blocks, %"]
     table = []
     for model, task, path, *names in rows:
