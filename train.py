@@ -479,8 +479,8 @@ def main(argv):
         training = replaced(training, {"accumulate": math.ceil(training.accumulate / size) * size})
         connect(parts[0], rank, size, device)
     print(f"data: {data.describe()}; {device}, {torch.get_num_threads()} threads", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):  # after the first one Ctrl-C ends the program at once
-        signal.signal(number, lambda n, frame: (STOP.append(n), signal.signal(signal.SIGINT, signal.SIG_DFL)))
+    for number in (signal.SIGINT, signal.SIGTERM):  # after two of them Ctrl-C ends the program at once
+        signal.signal(number, lambda n, _: STOP.append(n) or STOP[1:] and signal.signal(2, signal.SIG_DFL))
     for part in parts:
         train(module, model, part, config, training, run, data, device, rank, size)
         gc.collect()  # a wrapped layer refers to itself
