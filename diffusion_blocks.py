@@ -42,6 +42,13 @@ def to_device(x, device):
     return x.pin_memory().to(device, non_blocking=True) if cuda else x.to(device)
 
 
+def float64_device(device):
+    """Where float64 numbers for a device are computed: on it, so that nothing is copied and a CUDA graph can
+    draw them; on the CPU for MPS, which has no float64."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def expand(level, like):
     """(B,) -> (B, 1, ..., 1) with as many dimensions as `like`."""
     return level.view(-1, *[1] * (like.dim() - 1))
@@ -68,7 +75,7 @@ class Noise:
 class LogNormal(Noise):
     """Gaussian noise whose level has ln sigma ~ N(p_mean, p_std^2), truncated to [sigma_min, sigma_max].
 
-    Levels are computed in float64 on the CPU: an end that float32 has moved would belong to another block."""
+    Levels are computed in float64: an end that float32 has moved would belong to another block."""
     n_blocks: int = 1           # blocks that the layers are cut into, each trained alone
     p_mean: float = -1.2        # mean of ln sigma in training (EDM; for labels and tokens 1.2 is better)
     p_std: float = 1.2          # its standard deviation (EDM)
@@ -97,8 +104,10 @@ class LogNormal(Noise):
             raise ValueError(f"edges {self.edges}: need probability, uniform or {n - 1} rising ends: 0.1,0.7")
 
     def icdf(self, q, lo=None, hi=None):
-        """The sigma, float64, below which a part q (any shape) of the draws in [lo, hi] (all) lies."""
-        q = torch.as_tensor(q, dtype=torch.float64, device="cpu")
+        """The sigma, float64, below which a part q of the draws in [lo, hi] (all) lies. q: numbers, or a float64
+        tensor of any shape, on whose device the sigma is."""
+        if not torch.is_tensor(q):
+            q = torch.tensor(q, dtype=torch.float64, device="cpu")
         ends = torch.tensor([lo or self.sigma_min, hi or self.sigma_max], dtype=torch.float64, device="cpu")
         x = (ends.log() - self.p_mean) / self.p_std
         sign = -1.0 if x[0] > 0 else 1.0    # above the median in the mirrored tail: 1 - 1e-20 rounds to 1
@@ -115,8 +124,9 @@ class LogNormal(Noise):
     def sample(self, block, n, device="cpu"):
         """(n,) levels to train a block on, stratified: its interval is cut into n equally likely parts, one
         draw from each, so that every batch covers it."""
-        u = (torch.arange(n) + torch.rand(n, dtype=torch.float64)) / n
-        return to_device(self.icdf(u, *self.widened(block)).float(), device)
+        exact = float64_device(device)
+        u = (torch.arange(n, device=exact) + torch.rand(n, dtype=torch.float64, device=exact)) / n
+        return self.icdf(u, *self.widened(block)).float().to(device)
 
     def steps(self, n=0):
         """(n,) float64 levels of a sampler, downwards at equal quantiles of EDM's noise, where z comes to
@@ -134,8 +144,9 @@ class LogNormal(Noise):
 
     def weight(self, sigma):
         """The weight of the loss at levels sigma, of the same shape."""
-        edm = (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2  # EDM table 1
-        return edm if self.weighting == "edm" else torch.ones_like(sigma)
+        if self.weighting == "edm":
+            return (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2  # EDM table 1
+        return torch.ones_like(sigma)
 
     def precondition(self, sigma):
         """c_skip, c_out, c_in, c_noise of sigma's shape, for D = c_skip z + c_out F(c_in z, c_noise)."""
@@ -197,8 +208,9 @@ class Masking(Noise):
     def sample(self, block, n, device="cpu"):
         """(n,) times to train a block on: one draw, repeated at n equal distances (MD4: antithetic)."""
         lo, hi = self.widened(block)
-        u = (torch.rand(1, dtype=torch.float64) + torch.arange(n)) / n
-        return to_device((lo + u * (hi - lo)).float(), device)
+        exact = float64_device(device)
+        u = (torch.rand(1, dtype=torch.float64, device=exact) + torch.arange(n, device=exact)) / n
+        return (lo + u * (hi - lo)).float().to(device)
 
     def steps(self, n, grid="uniform", start=1.0):
         """(n + 1,) float64 times of a sampler's n moves from start down to 0; cosine: most of them near 1."""

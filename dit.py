@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion_blocks import LogNormal, euler, expand, score_loss, split_layers, to_device
+from diffusion_blocks import LogNormal, euler, expand, score_loss, split_layers
 
 DATA = "images"  # the module of data/ that this model is trained on
 
@@ -231,7 +231,7 @@ class Block(nn.Module):
         """The score loss per pixel of this block; batch: images (B, K, H, W) in [-1, 1], labels (B,)."""
         y, label = self.encode(batch[0]), batch[1]
         if self.training:
-            drop = to_device(torch.rand(len(y)), y.device) < self.config.label_drop          # (B,)
+            drop = torch.rand(len(y), device=y.device) < self.config.label_drop              # (B,)
             label = label.masked_fill(drop, self.config.n_class)
 
         def error(z, sigma):

@@ -7,7 +7,7 @@
     python train.py --model gpt --eval          score the blocks in out/gpt beside baseline and control
     python train.py --model gpt --sample        generate from the blocks (or --end-to-end, --control)
 
-Begin to read at `train`: it is the loop. What a model is, and what its noise, only the model file knows.
+Begin to read at `update` and `train`: they are the loop. What a model is, only the model file knows.
 """
 import argparse
 import contextlib
@@ -20,11 +20,15 @@ import inspect
 import json
 import math
 import os
+import pickle
+import random
 import re
 import shlex
 import signal
 import sys
 import time
+import typing
+import warnings
 import zipfile
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -38,11 +42,94 @@ from torch.utils.checkpoint import checkpoint as recompute
 from data import UserError
 from diffusion_blocks import seed_of
 
-CONTRACT = ("DATA", "Config", "PRESETS", "Sampling", "Block", "EndToEnd")  # of a model file
-ACTIONS = ("model", "preset", "block", "end_to_end", "control", "eval", "sample")  # flags, but no settings
 os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # fails with recurrent, torch 2.11
-STOP = []  # the signals that came: the update ends and is saved
 
+
+# ---- Training: an update, and the loop around it ----------------------------------------------------------
+
+def update(learner, step):
+    """Update number `step` of a part: draw a batch, forward, backward, clip, AdamW's step, running mean.
+
+    The seed of all that is random in it is a function of (seed, part, update, piece): see `draw`. So an update
+    is the same in whatever process, order or number of runs, and a checkpoint holds no generator's state."""
+    training = learner.job.training
+    set_lr(learner.optimizer, lr_at(step, training))
+    if learner.recorded is not None:
+        # on CUDA: what the branch below does, replayed as one launch
+        learner.recorded(draw(learner, step))
+    else:
+        for piece in learner.pieces:  # of the batch: usually one, all of it
+            batch = draw(learner, step * training.accumulate + piece)
+            if learner.job.size > 1:
+                # processes that share a batch exchange gradients once, with their last piece
+                learner.network.require_backward_grad_sync = piece == learner.pieces[-1]
+            forward_backward(learner, batch)
+        clip_and_step(learner)
+    if learner.average is not None:
+        decay = min(training.ema, (2 + step) / (11 + step))  # the first updates are forgotten sooner
+        weights = [p.data for p in learner.net.parameters()]
+        torch._foreach_lerp_(list(learner.average.parameters()), weights, 1 - decay)
+
+
+def forward_backward(learner, batch):
+    """The loss of a piece of the batch, and its gradients, which add up over pieces."""
+    with learner.autocast():
+        loss = learner.network(batch) / len(learner.pieces)
+    loss.backward()
+    learner.loss_sum += loss.detach()
+
+
+def clip_and_step(learner):
+    norm = nn.utils.clip_grad_norm_(learner.net.parameters(), learner.job.training.clip)
+    learner.norm_sum += norm  # not finite if one gradient since the last log line was not
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+
+
+def train(job):
+    """Train a part to its last update, with log lines and checkpoints on the way."""
+    steps, run = job.training.steps, job.run
+    learner = Learner(job)
+    if run.resume:
+        go_on(learner)
+    held_out = job.data.held_out(4 * learner.piece_size, job.config)
+    print(learner.describe(), flush=True)
+    first, began = learner.step, time.time()
+    while learner.step < steps:
+        update(learner, learner.step)
+        learner.step += 1
+        learner.since_log += 1
+        signal_number = asked_to_stop(job)
+        last = learner.step == steps or signal_number > 0
+        logs = last or is_due(learner.step, run.log_every)
+        saves = last or is_due(learner.step, run.save_every)
+        # on CUDA nothing but logging and saving waits for the device
+        if logs or saves or job.device.type == "cpu":
+            refuse_infinite(learner)
+        if logs and job.rank == 0:
+            ms = 1000 * (time.time() - began) / (learner.step - first)
+            write_log(learner, held_out, ms)
+        if saves and job.rank == 0:
+            save(job.path, learner.state())
+        if signal_number > 0 and learner.step < steps:
+            if job.rank == 0:
+                print(f"{job.path} holds update {learner.step} of {steps}; go on: the same command with --resume")
+            sys.exit(128 + signal_number)
+
+
+def is_due(step, every):
+    return every > 0 and step % every == 0
+
+
+def lr_at(step, training):
+    """Linear warm-up, then a cosine to final_lr * lr; step counts this part's own updates."""
+    warm = min(1.0, (step + 1) / max(1, training.warmup))
+    after = max(0, step - training.warmup) / max(1, training.steps - training.warmup)
+    cosine = (1 + math.cos(math.pi * after)) / 2
+    return training.lr * warm * (training.final_lr + (1 - training.final_lr) * cosine)
+
+
+# ---- Settings of training ---------------------------------------------------------------------------------
 
 @dataclass
 class Training:
@@ -59,16 +146,23 @@ class Training:
     clip: float = 1.0           # largest gradient norm
     ema: float = 0.0            # decay of a running mean of the weights, which is scored and sampled; 0: none
     precision: str = "auto"     # of matrix products: bf16 or float32; auto: bf16 on CUDA, else float32
-    compile: str = "auto"       # torch.compile of the layers: on or off; auto: on CUDA
+    compile: str = "auto"       # compiled layers, on CUDA a recorded update, too: on or off; auto: on CUDA
     seed: int = 0               # random numbers are a function of (seed, part, update, piece)
 
     def __post_init__(self):
-        if min(self.steps, self.batch_size, self.accumulate) < 1 or self.batch_size % self.accumulate:
-            raise ValueError("need steps and batch_size of at least 1, and accumulate to divide batch_size")
-        if not (self.lr > 0 and 0 <= self.beta2 < 1 and self.clip > 0 and 0 <= self.ema < 1):
-            raise ValueError("need lr > 0, 0 <= beta2 < 1, clip > 0 and 0 <= ema < 1")
-        if self.precision not in ("auto", "bf16", "float32") or self.compile not in ("auto", "on", "off"):
-            raise ValueError("precision must be auto, bf16 or float32; compile auto, on or off")
+        for name in ("steps", "batch_size", "accumulate"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        for name in ("epochs", "warmup", "final_lr", "weight_decay", "seed"):
+            require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
+        require(self.batch_size % self.accumulate == 0,
+                f"accumulate must divide batch_size {self.batch_size}", self.accumulate)
+        require(self.lr > 0, "lr must be above 0", self.lr)
+        require(self.clip > 0, "clip must be above 0", self.clip)
+        require(0 <= self.beta2 < 1, "beta2 must be at least 0 and below 1", self.beta2)
+        require(0 <= self.ema < 1, "ema must be at least 0 and below 1", self.ema)
+        require(self.precision in ("auto", "bf16", "float32"),
+                "precision must be auto, bf16 or float32", self.precision)
+        require(self.compile in ("auto", "on", "off"), "compile must be auto, on or off", self.compile)
 
 
 @dataclass
@@ -83,101 +177,135 @@ class Run:
     log_every: int = 50         # updates between log lines; 0: at the end only
     save_every: int = 200       # updates between checkpoints; 0: at the end only
 
+    def __post_init__(self):
+        for name in ("threads", "log_every", "save_every"):
+            require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
+        require(not (self.resume and self.overwrite),
+                "resume goes on and overwrite trains anew", "both")
 
-# ---- Training: the loop, and what it needs ----------------------------------------------------------------
 
-def train(module, model, part, config, training, run, data, device, rank=0, size=1):
-    """Train a part (block_N, end_to_end or control), alone or as one of `size` processes that share a batch.
+def require(holds, rule, value):
+    """Raises ValueError that names the rule and the value that breaks it."""
+    if not holds:
+        raise ValueError(f"{rule}; got {value}")
 
-    The seed of all that is random in an update is a function of (seed, part, update, piece). So an update is
-    the same in whatever process, order or number of runs, and a checkpoint holds no generator's state."""
-    path, steps, n_pieces = Path(run.out) / model / f"{part}.pt", training.steps, training.accumulate
-    about = {"model": model, "part": part, "config": flat(config), "training": flat(training),
-             "settings": flat(data.settings), "data": data.about, "torch": str(torch.__version__)}
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, training.precision == "bf16")
-    torch.manual_seed(seed_of(training.seed, f"{part} weights"))
-    net = build(module, config, part).to(device).train()
-    average = copy.deepcopy(net).eval().requires_grad_(False) if training.ema else None
-    optimizer, step, log = make_optimizer(net, training, device), 0, []
-    if run.resume and path.exists():
-        state = load(path, model)
-        require_same(path, state, about, "config", "training", "settings")
-        step, log = state["step"], state["log"]
-        net.load_state_dict(state["net"])
-        if average is not None:
-            average.load_state_dict(state["average"])
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]})
-    prepare_layers(net, training, run)
-    network = nn.parallel.DistributedDataParallel(net) if size > 1 else net
-    pieces, piece_size = range(rank, n_pieces, size), training.batch_size // n_pieces
-    held_out, seed = data.held_out(4 * piece_size, config), seed_of(training.seed, part)
-    name, count = part.replace("_", " "), sum(p.numel() for p in net.parameters())
-    print(f"{model} {name}: {getattr(net, 'title', 'own')}; {count:,} parameters, {16 * count / 1e6:.1f} MB "
-          f"of weights, gradients and moments; update {step} of {steps}; to {path}", flush=True)
-    total, since, first, began = 0.0, 0, step, time.time()
-    while step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, training)
-        for piece in pieces:
-            torch.manual_seed(seed + step * n_pieces + piece)
-            batch = data.batch(piece_size, config, step * n_pieces + piece)
-            if size > 1:  # processes exchange gradients once, with their last piece, and no buffers
-                network.require_backward_grad_sync, network.broadcast_buffers = piece == pieces[-1], False
-            with autocast():
-                loss = network(batch) / len(pieces)
-            loss.backward()
-            total = total + loss.detach()
-        norm = nn.utils.clip_grad_norm_(net.parameters(), training.clip)
-        total = total + 0.0 * norm  # not finite if a gradient is not
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step, since = step + 1, since + 1
-        if average is not None:
-            decay = min(training.ema, (1 + step) / (10 + step))  # with the usual warm-up
-            torch._foreach_lerp_(list(average.parameters()), [p.data for p in net.parameters()], 1 - decay)
-        stop = rank == 0 and STOP  # rank 0 alone writes
-        logs, saves = (n and step % n == 0 or step == steps or stop for n in (run.log_every, run.save_every))
-        # on CUDA, only logging and saving wait for the device
-        if (logs or saves or device.type == "cpu") and not math.isfinite(float(total)):
-            raise UserError(f"the loss of {part} is not finite at update {step}; the checkpoint saved before "
-                            f"is untouched; try a lower --lr")
-        if logs and rank == 0:
-            with autocast():
-                val = validate(average or net, held_out)
-            mean, ms = float(total) / since, 1000 * (time.time() - began) / (step - first)
-            peak = f"{torch.cuda.max_memory_allocated(device) / 1e6:.0f} MB | " * (device.type == "cuda")
-            print(f"{name} | step {step}/{steps} | loss {mean:.4f} | val {val:.4f} | lr {group['lr']:.1e} | "
-                  f"{ms:.0f} ms/step | {peak}{(steps - step) * ms / 6e4:.1f} min left", flush=True)
-            log.append({"step": step, "loss": mean, "val_loss": val, "lr": group["lr"], "ms": ms})
-            save(path.with_suffix(".jsonl"), "".join(json.dumps(row) + "\n" for row in log).encode())
-            total, since = 0.0, 0
-        if saves and rank == 0:
-            save(path, about | {"step": step, "log": log, "net": net.state_dict(),
-                                "optimizer": optimizer.state_dict()["state"],
-                                "average": average.state_dict() if average is not None else None})
-        if stop and step < steps:
-            print(f"{path} holds update {step} of {steps}; go on: the same command with --resume")
-            sys.exit(128 + STOP[0])
+
+@dataclass
+class Job:
+    """A part to train, and all that its training needs."""
+    model: str              # name of the model file
+    module: object          # the model file itself
+    part: str               # block_N, end_to_end or control
+    config: object          # the model file's Config
+    training: Training
+    run: Run
+    data: object            # Data of a module of data/
+    device: torch.device    # with its index
+    rank: int = 0           # of this process, among those that share each batch of this part
+    size: int = 1           # how many these are
+
+    @property
+    def path(self):
+        return checkpoint_path(self.run.out, self.model, self.part)
+
+
+# ---- A part in training -----------------------------------------------------------------------------------
+
+class Learner:
+    """A part in training: network, running mean of the weights, optimizer, and what the log adds up."""
+
+    def __init__(self, job):
+        training = job.training
+        self.job, self.step, self.log = job, 0, []
+        torch.manual_seed(seed_of(training.seed, f"{job.part} weights"))
+        self.net = build(job.module, job.config, job.part).to(job.device).train()
+        self.average = None
+        if training.ema > 0:
+            self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.optimizer = make_optimizer(self.net, training, job.device)
+        prepare_layers(self.net, training, job.run)
+        self.network = self.net
+        if job.size > 1:
+            self.network = nn.parallel.DistributedDataParallel(self.net, broadcast_buffers=False)
+
+        self.seed = seed_of(training.seed, job.part)
+        self.pieces = range(job.rank, training.accumulate, job.size)
+        self.piece_size = training.batch_size // training.accumulate
+        self.n_drawn, self.drawn_index, self.drawn = batches_at_once(job, self.piece_size), None, None
+
+        self.loss_sum = torch.zeros((), device=job.device)  # of the updates since the last log line
+        self.norm_sum = torch.zeros((), device=job.device)
+        self.since_log = 0
+        self.recorded = Recorded(self.forward_backward_step) if can_be_recorded(job) else None
+
+    def forward_backward_step(self, batch):
+        forward_backward(self, batch)
+        clip_and_step(self)
+
+    def autocast(self):
+        bf16 = self.job.training.precision == "bf16"
+        return torch.autocast(self.job.device.type, torch.bfloat16, enabled=bf16)
+
+    def describe(self):
+        """The line that is printed when training begins."""
+        job, count = self.job, sum(p.numel() for p in self.net.parameters())
+        title = getattr(self.net, "title", "own")
+        return (f"{job.model} {job.part.replace('_', ' ')}: {title}; {count:,} parameters, "
+                f"{16 * count / 1e6:.1f} MB of weights, gradients and moments; "
+                f"update {self.step} of {job.training.steps}; to {job.path}")
+
+    def settings(self):
+        """What decides the weights, as it stands in a checkpoint."""
+        job = self.job
+        return {"model": job.model, "part": job.part, "config": flat(job.config),
+                "training": flat(job.training), "settings": flat(job.data.settings),
+                "data": job.data.about, "torch": str(torch.__version__)}
+
+    def state(self):
+        """The content of a checkpoint."""
+        average = None if self.average is None else self.average.state_dict()
+        return {**self.settings(), "step": self.step, "log": self.log, "net": self.net.state_dict(),
+                "optimizer": self.optimizer.state_dict()["state"], "average": average}
 
 
 def build(module, config, part):
     """The network of a part: block_N, end_to_end or control. Nothing of any other part is built."""
     with user_errors():
-        if part.startswith("block_"):
-            return module.Block(config, int(part[6:]))
-        return module.EndToEnd(config.control() if part == "control" else config)
+        if part == "end_to_end":
+            return module.EndToEnd(config)
+        if part == "control":
+            return module.EndToEnd(config.control())
+        return module.Block(config, int(part.removeprefix("block_")))
 
 
 def make_optimizer(net, training, device):
     """AdamW with weight decay on matrices and embeddings, none on norms and biases."""
-    groups = [{"params": [p for p in net.parameters() if p.dim() > 1], "weight_decay": training.weight_decay},
-              {"params": [p for p in net.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, training.beta2), fused=device.type == "cuda")
+    matrices = [p for p in net.parameters() if p.dim() > 1]
+    vectors = [p for p in net.parameters() if p.dim() <= 1]
+    groups = [{"params": matrices, "weight_decay": training.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    cuda = device.type == "cuda"
+    # a recorded update reads the learning rate where it lies on the device
+    lr = torch.tensor(training.lr, device=device) if cuda else training.lr
+    return torch.optim.AdamW(groups, lr, betas=(0.9, training.beta2), fused=cuda, capturable=cuda)
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def prepare_layers(net, training, run):
-    """Compile the layers, and let them keep only their inputs for the backward pass, if so asked."""
-    for layer in [layer for m in net.modules() if isinstance(m, nn.ModuleList) for layer in m]:
+    """Compile the layers, and let them keep only their inputs for the backward pass, if so asked.
+
+    The layers are what lies in an nn.ModuleList. They have one code, so they are compiled once."""
+    layers = [layer for m in net.modules() if isinstance(m, nn.ModuleList) for layer in m]
+    if run.checkpoint_activations and not layers:
+        raise UserError("--checkpoint-activations has no effect: no layers in an nn.ModuleList")
+    for layer in layers:
         if training.compile == "on":
             torch._dynamo.config.cache_size_limit = 64  # the layers of all parts share one function
             layer.forward = torch.compile(layer.forward)
@@ -185,52 +313,237 @@ def prepare_layers(net, training, run):
             layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
 
 
-def lr_at(step, training):
-    """Linear warm-up, then a cosine to final_lr * lr; step counts this block's own updates."""
-    warm = min(1.0, (step + 1) / max(1, training.warmup))
-    after = max(0, step - training.warmup) / max(1, training.steps - training.warmup)
-    cosine = (1 + math.cos(math.pi * after)) / 2
-    return training.lr * warm * (training.final_lr + (1 - training.final_lr) * cosine)
+# ---- Batches ----------------------------------------------------------------------------------------------
+
+def draw(learner, index):
+    """Batch number `index` of a part, on the device. Seeds torch's random numbers for all that follows.
+
+    On CUDA, examples for many updates are drawn and augmented at once, which takes hardly longer than for one.
+    They are a function of (seed, number of the chunk), so that a run can go on within a chunk."""
+    job, many, size = learner.job, learner.n_drawn, learner.piece_size
+    chunk, place = divmod(index, many)
+    if many == 1:
+        torch.manual_seed(learner.seed + index)
+        return job.data.batch(size, job.config, index)
+    if learner.drawn_index != chunk:
+        torch.manual_seed(learner.seed + chunk * many)
+        learner.drawn = job.data.batch(many * size, job.config, chunk)
+        learner.drawn_index = chunk
+    torch.manual_seed(learner.seed + index)  # what the network draws is of this update
+    return rows(learner.drawn, place * size, (place + 1) * size)
+
+
+EXAMPLES_AT_ONCE = 2048  # augmenting them takes a GPU hardly longer than 128: it waits for the launches
+
+
+def batches_at_once(job, piece_size):
+    """How many batches `draw` draws at once: one on a CPU, and where processes or pieces share a batch."""
+    if job.device.type != "cuda" or job.training.accumulate > 1:
+        return 1
+    return max(1, EXAMPLES_AT_ONCE // piece_size)
+
+
+def tensors(batch):
+    """The tensors of a batch, which is one tensor or a tuple of tensors with as many rows."""
+    return (batch,) if torch.is_tensor(batch) else batch
+
+
+def rows(batch, start, stop):
+    """Rows start to stop of a batch."""
+    if torch.is_tensor(batch):
+        return batch[start:stop]
+    return tuple(column[start:stop] for column in batch)
+
+
+# ---- On CUDA an update is one launch ----------------------------------------------------------------------
+
+def can_be_recorded(job):
+    """Whether an update may be recorded. Ranks, pieces and recomputed layers run unrecorded."""
+    return (job.device.type == "cuda" and job.training.compile == "on" and job.training.accumulate == 1
+            and job.size == 1 and not job.run.checkpoint_activations)
+
+
+class Recorded:
+    """A function of a batch, recorded as a CUDA graph in its fourth call and from then on replayed.
+
+    The kernels of a small network take less time than Python needs to launch them one by one; a graph launches
+    all at once. A replay repeats the operations that were recorded, on the memory that they had. So all that
+    changes from call to call must be read from the device. The first three calls run as they are: what is
+    compiled, chosen or allocated once must not be recorded. The third is watched, and a function that draws
+    random numbers on the CPU or waits for the device is never recorded."""
+
+    WARM_UP = 3
+
+    def __init__(self, function):
+        self.function = function
+        self.calls = 0
+        self.graph = None
+        self.obstacle = ""  # why it cannot be recorded
+
+    def __call__(self, batch):
+        self.calls += 1
+        if self.calls < self.WARM_UP or self.obstacle:
+            return self.function(batch)
+        if self.calls == self.WARM_UP:
+            self.obstacle = self.watch(batch)
+            if self.obstacle:
+                print(f"updates are not recorded as a CUDA graph: the model {self.obstacle}", flush=True)
+            return None
+        if self.graph is None:
+            self.record(batch)
+        for own, given in zip(tensors(self.batch), tensors(batch)):
+            own.copy_(given)
+        self.graph.replay()
+
+    def watch(self, batch):
+        """Call the function. Returns what forbids to record it, or an empty string."""
+        before = cpu_random_state()
+        torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.function(batch)
+        torch.cuda.set_sync_debug_mode("default")
+        if any("synchronizing" in str(w.message) for w in caught):
+            return "waits for the device within an update"
+        if cpu_random_state() != before:
+            return "draws random numbers on the CPU"
+        return ""
+
+    def record(self, batch):
+        self.batch = rows(batch, 0, None)
+        if torch.is_tensor(batch):
+            self.batch = batch.clone()
+        else:
+            self.batch = tuple(column.clone() for column in batch)
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            # on the stream of the calls before: gradients are added up on the stream where they were made
+            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
+                self.function(self.batch)  # nothing is computed yet
+        except RuntimeError as e:
+            raise UserError(f"an update of this model cannot be recorded as a CUDA graph "
+                            f"({str(e).splitlines()[0]}); train it with --compile off") from e
+
+
+def cpu_random_state():
+    """The states of all generators that a model may draw from on the CPU, as bytes."""
+    return pickle.dumps((torch.get_rng_state().numpy(), np.random.get_state(), random.getstate()))
+
+
+# ---- Log lines --------------------------------------------------------------------------------------------
+
+def refuse_infinite(learner):
+    """Raises UserError if a loss or a gradient since the last log line was not finite."""
+    if not math.isfinite(float(learner.loss_sum)) or not math.isfinite(float(learner.norm_sum)):
+        raise UserError(f"the loss of {learner.job.part} is not finite at update {learner.step}; the "
+                        f"checkpoint saved before is untouched; try a lower --lr")
+
+
+def write_log(learner, held_out, ms):
+    """Print a line, and add it to the file beside the checkpoint. ms: milliseconds of an update."""
+    job, step, steps = learner.job, learner.step, learner.job.training.steps
+    loss = float(learner.loss_sum) / learner.since_log
+    lr = lr_at(step - 1, job.training)
+    with learner.autocast():
+        net = learner.net if learner.average is None else learner.average
+        val_loss = validate(net, held_out)
+    line = f"{job.part.replace('_', ' ')} | step {step}/{steps} | loss {loss:.4f} | val {val_loss:.4f}"
+    line += f" | lr {lr:.1e} | {ms:.0f} ms/step"
+    if job.device.type == "cuda":
+        line += f" | {torch.cuda.max_memory_allocated(job.device) / 1e6:.0f} MB"
+    print(f"{line} | {(steps - step) * ms / 60_000:.1f} min left", flush=True)
+    learner.log.append({"step": step, "loss": loss, "val_loss": val_loss, "lr": lr, "ms": ms})
+    lines = [json.dumps(row) + "\n" for row in learner.log]
+    save(job.path.with_suffix(".jsonl"), "".join(lines).encode())
+    learner.since_log = 0
+    learner.loss_sum.zero_()
+    learner.norm_sum.zero_()
 
 
 @torch.no_grad()
 def validate(net, held_out):
     """Mean loss on the held-out batch, in 4 pieces, with the same noise every time and without dropout."""
     torch.manual_seed(0)
-    training, columns = net.training, (held_out,) if torch.is_tensor(held_out) else held_out
+    was_training = net.training
     net.eval()
-    total = sum(net(batch if len(batch) > 1 else batch[0]).item() * len(batch[0])
-                for batch in zip(*(column.chunk(4) for column in columns)))
-    net.train(training)
-    return total / len(columns[0])
+    n = len(tensors(held_out)[0])
+    size = math.ceil(n / 4)
+    total = 0.0
+    for start in range(0, n, size):
+        piece = rows(held_out, start, start + size)
+        total += net(piece).item() * len(tensors(piece)[0])
+    net.train(was_training)
+    return total / n
 
 
-# ---- Checkpoints, and what has been trained ---------------------------------------------------------------
+# ---- Stopping ---------------------------------------------------------------------------------------------
+
+STOP = []  # numbers of the signals that came
+
+
+def request_stop(number, frame):
+    """Let the update end and be saved: `train` looks at STOP after each."""
+    STOP.append(number)
+
+
+@contextlib.contextmanager
+def stopping_by_signal():
+    """Ctrl-C and SIGTERM call `request_stop` within this block."""
+    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked_to_stop(job):
+    """The number of a signal that came to any process of this part, or 0. All of them get the same answer."""
+    number = STOP[0] if STOP else 0
+    if job.size == 1:
+        return number
+    numbers = torch.tensor([number])  # on the CPU: nothing waits for the device
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
+
+
+# ---- Checkpoints ------------------------------------------------------------------------------------------
+
+def checkpoint_path(out, model, part):
+    return Path(out) / model / f"{part}.pt"
+
 
 def save(path, content):
     """Write bytes, or a state by torch.save, beside `path` and rename it: what has the name is whole."""
-    part = path.with_name(f".{path.name}.part")
+    unfinished = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as f:
-            f.write(content) if isinstance(content, bytes) else torch.save(content, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
+        with open(unfinished, "wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
     except (OSError, RuntimeError) as e:  # of a full disk torch.save makes the second
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         raise UserError(f"cannot write {path} ({e}); what was there before is untouched") from None
 
 
 def load(path, model):
     """A checkpoint as a dictionary on the CPU. Never runs code from the file. Raises UserError."""
     if not path.exists():
-        flag, out = path.stem.replace("block_", "block ").replace("_", "-"), shlex.quote(str(path.parents[1]))
-        raise UserError(f"there is no {path}; train it: python train.py --model {model} --{flag} --out {out}")
+        raise UserError(f"there is no {path}; train it: {command_to_train(path, model)}")
     try:
         if zipfile.ZipFile(path).testzip():  # torch.load does not compare the checksums
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if [state[k] for k in ("model", "part", "settings", "average")][:2] != [model, path.stem]:
+        lacks = {"model", "part", "config", "training", "settings", "data", "net", "average"} - set(state)
+        if lacks:
+            raise ValueError(f"it lacks {', '.join(sorted(lacks))}")
+        if (state["model"], state["part"]) != (model, path.stem):
             raise ValueError(f"it holds {state['part']} of {state['model']}")
     except Exception as e:
         raise UserError(f"{path} is damaged, or not of this model and code ({type(e).__name__}: "
@@ -238,20 +551,66 @@ def load(path, model):
     return state
 
 
-def require_same(path, old, new, *sections):
-    """Raises UserError that names what differs between two checkpoints. Where the data lies may differ."""
-    wrong = [f"{k} ({old[s].get(k)} -> {new[s].get(k)})" for s in sections for k in {**old[s], **new[s]}
-             if old[s].get(k) != new[s].get(k) and (s, k) != ("settings", "data")]
-    wrong += ["the data's content"] * (old["data"]["fingerprint"] != new["data"]["fingerprint"])
+def command_to_train(path, model):
+    """The command that trains what is missing. --resume takes the settings of the parts that are there."""
+    part = path.stem.replace("block_", "block ").replace("_", "-")
+    out = shlex.quote(str(path.parents[1]))
+    resume = " --resume" if settings_to_follow(path) else ""
+    return f"python train.py --model {model} --{part} --out {out}{resume}"
+
+
+def settings_to_follow(path):
+    """The checkpoint whose settings --resume takes: this one, or else another part's beside it, or None."""
+    folder = path.parent
+    for other in [path, *sorted(folder.glob("block_*.pt")), folder / "end_to_end.pt", folder / "control.pt"]:
+        if other.exists():
+            return other
+    return None
+
+
+def go_on(learner):
+    """Take weights, running mean, moments, number of updates and log from the checkpoint, if there is one."""
+    job = learner.job
+    if not job.path.exists():
+        print(f"nothing to resume: there is no {job.path} yet, so it begins at update 0", flush=True)
+        return
+    state = load(job.path, job.model)
+    new = learner.settings()
+    wrong = [difference for section in ("config", "training", "settings")
+             for difference in differences(state[section], new[section], ignore=("data", "steps", "epochs"))]
+    if state["data"]["fingerprint"] != new["data"]["fingerprint"]:
+        wrong.append("the data's content")
+    steps, before = job.training.steps, state["training"]["steps"]
+    if steps != before and job.training.final_lr != 1:
+        wrong.append(f"steps ({before} -> {steps}), on which its learning rates depend; a longer run is a new "
+                     f"one: --overwrite; one that may go on later needs --final-lr 1")
+    if steps < state["step"]:
+        wrong.append(f"steps ({steps}; it has {state['step']} already)")
     if wrong:
-        raise UserError(f"{path} was trained with other settings: {', '.join(wrong)}")
+        raise UserError(f"{job.path} was trained with other settings: {', '.join(wrong)}")
+    learner.step, learner.log = state["step"], state["log"]
+    learner.net.load_state_dict(state["net"])
+    if learner.average is not None:
+        learner.average.load_state_dict(state["average"])
+    learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": state["optimizer"]})
+
+
+def differences(old, new, ignore=()):
+    """["name (old -> new)"] of two dictionaries of settings."""
+    names = [name for name in {**old, **new} if name not in ignore]
+    return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in names if old.get(name) != new.get(name)]
 
 
 def trained(module, model, part, out, device, like=None):
     """A trained network, ready to be scored, and its checkpoint, which has to fit the checkpoint `like`."""
-    path = Path(out) / model / f"{part}.pt"
+    path = checkpoint_path(out, model, part)
     state = load(path, model)
-    require_same(path, state, like or state, "config")
+    if like is not None:
+        wrong = differences(like["config"], state["config"])
+        if state["data"]["fingerprint"] != like["data"]["fingerprint"]:
+            wrong.append("the data's content")
+        if wrong:
+            raise UserError(f"{path} was trained with other settings than {like['part']}: {', '.join(wrong)}")
     net = build(module, replaced(module.Config(), state["config"]), part)
     net.load_state_dict(state["average"] or state["net"])
     return net.to(device).eval(), state
@@ -259,16 +618,22 @@ def trained(module, model, part, out, device, like=None):
 
 def assemble(module, model, out, device):
     """The trained blocks, a list, and block 0's checkpoint, with the fewest updates of any block."""
-    first = load(Path(out) / model / "block_0.pt", model)
-    found = [trained(module, model, f"block_{b}", out, device, first)
-             for b in range(first["config"]["n_blocks"])]
-    return [net for net, _ in found], first | {"step": min(state["step"] for _, state in found)}
+    first = load(checkpoint_path(out, model, "block_0"), model)
+    blocks, steps = [], []
+    for b in range(first["config"]["n_blocks"]):
+        net, state = trained(module, model, f"block_{b}", out, device, first)
+        blocks.append(net)
+        steps.append(state["step"])
+    return blocks, {**first, "step": min(steps)}
 
+
+# ---- Evaluation and sampling ------------------------------------------------------------------------------
 
 def evaluate(module, model, run, data, device):
     """Score the blocks beside baseline and control, as far as they are trained; print and save the tables."""
-    (blocks, state), others = assemble(module, model, run.out, device), {}
+    blocks, state = assemble(module, model, run.out, device)
     updates = {f"{len(blocks)} blocks": state["step"]}
+    others = {}
     for part in ("end_to_end", "control"):
         name = part.replace("_", " ")
         try:
@@ -282,40 +647,58 @@ def evaluate(module, model, run, data, device):
     torch.manual_seed(seed_of(state["training"]["seed"], "eval"))
     with user_errors():
         tables = module.evaluate(blocks, others, data)
-    rows = next(iter(tables.values()))
-    unit = next(iter(next(iter(rows.values()))))
-    print(", ".join(f"{name} {row[unit]:.4g}" for name, row in rows.items() if unit in row), unit, sep=", ")
-    for title, rows in tables.items():
-        print(f"\n{title}")
-        for name, row in rows.items():
-            print(f"  {name:36} " + "   ".join(f"{value:.4g} {column}" for column, value in row.items()))
+    print_tables(tables)
+    kept = {k: state[k] for k in ("model", "config", "training", "settings", "data", "torch")}
+    report = {**kept, "updates": updates, "device": str(device), "threads": torch.get_num_threads(),
+              "tables": tables}
     path = Path(run.out) / model / "eval.json"
-    about = {k: state[k] for k in ("model", "config", "training", "settings", "data", "torch")} | {
-        "updates": updates, "device": str(device), "threads": torch.get_num_threads(), "tables": tables}
-    save(path, json.dumps(about, indent=1).encode())
+    save(path, json.dumps(report, indent=1).encode())
     print(f"\nsaved {path}")
 
 
-def sample(module, model, parts, run, values, data, device):
-    """Generate from the blocks (no parts), baseline or control: print a text, save pictures and arrays."""
-    nets, _ = (trained(module, model, parts[0], run.out, device) if parts else
-               assemble(module, model, run.out, device))
-    torch.manual_seed(seed_of(values["seed"], "sample"))
+def print_tables(tables):
+    """A line with the first column of the first table, then all tables {title: {row: {column: value}}}."""
+    first = next(iter(tables.values()))
+    unit = next(iter(next(iter(first.values()))))
+    verdict = [f"{name} {row[unit]:.4g}" for name, row in first.items() if unit in row]
+    print(", ".join([*verdict, unit]))
+    for title, table in tables.items():
+        print(f"\n{title}")
+        for name, row in table.items():
+            print(f"  {name:36} " + "   ".join(f"{value:.4g} {column}" for column, value in row.items()))
+
+
+def sample(module, model, part, run, sampling, seed, data, device):
+    """Generate from the blocks (part "blocks"), baseline or control: print a text, save pictures, arrays."""
+    if part == "blocks":
+        nets, _ = assemble(module, model, run.out, device)
+    else:
+        nets, _ = trained(module, model, part, run.out, device)
+    torch.manual_seed(seed_of(seed, "sample"))
     with user_errors():
-        result = module.sample(nets, replaced(module.Sampling(), values), data)
+        result = module.sample(nets, sampling, data)
     if isinstance(result, str):
-        return print(result)
+        print(result)
+        return
     for name, array in result.items():
-        path = Path(run.out) / model / "_".join([name, *parts])
+        file = name if part == "blocks" else f"{name}_{part}"
         if array.dtype == torch.uint8:  # a picture (height, width, 3)
             from PIL import Image
-            Image.fromarray(array.numpy()).save(path := path.with_suffix(".png"))
+            path = Path(run.out) / model / f"{file}.png"
+            Image.fromarray(array.numpy()).save(path)
         else:
-            np.save(path := path.with_suffix(".npy"), array.numpy())
+            path = Path(run.out) / model / f"{file}.npy"
+            np.save(path, array.numpy())
         print(f"saved {path}")
 
 
 # ---- Several processes: torchrun's ranks are assigned to parts; different parts do not communicate --------
+
+def torchrun_ranks():
+    """(rank, number of processes, rank on this machine); (0, 1, 0) without torchrun."""
+    return tuple(int(os.environ.get(name, default))
+                 for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
 
 def assign(parts, rank, n_ranks):
     """(parts that a rank trains in turn, its rank among those that share a part, their number)."""
@@ -330,27 +713,146 @@ def assign(parts, rank, n_ranks):
 def connect(part, rank, size, device):
     """Make the processes that train one part a process group of their own: no other part's are in it."""
     store, _, _ = next(dist.rendezvous("env://"))  # torchrun's; parts meet only here, under different names
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(part, store),
-                            rank=rank, world_size=size)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.PrefixStore(part, store), rank=rank, world_size=size)
+
+
+# ---- The command line: what was asked for -----------------------------------------------------------------
+
+CONTRACT = ("DATA", "Config", "PRESETS", "Sampling", "Block", "EndToEnd")  # of a model file
+ACTIONS = ("model", "preset", "block", "end_to_end", "control", "eval", "sample")  # flags, but no settings
+# the flags that people type, first in --help
+OFTEN = ("data", "steps", "epochs", "batch_size", "lr", "seed", "n_layer", "n_blocks", "n_embd", "out", "resume",
+         "overwrite", "device")
+# fields that are no flags: a preset or an edit changes them
+NO_FLAGS = ("beta2", "clip", "n_cond", "table_seed", "sigma_data")
+
+
+@dataclass
+class Asked:
+    """What a command line asks for."""
+    action: str     # train, eval or sample
+    part: str       # block_N, end_to_end or control; blocks: all of them
+    model: str      # name of the model file
+    module: object  # the model file itself
+    source: object  # the module of data/ that it names
+    preset: dict    # {field: value}, as the model file has it
+    typed: dict     # {field: value}
+
+
+def parse(argv):
+    """The Asked of a command line. Raises UserError or argparse.ArgumentError."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--model", default="gpt", help="vit, dit, gpt, mdm, recurrent, or your NAME.py's NAME")
+    first.add_argument("--preset", default="default", help="a set of values that the model file names")
+    known, _ = first.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    module = import_model(known.model)
+    source = importlib.import_module(f"data.{module.DATA}")
+    preset = preset_of(known.model, module, source, known.preset)
+
+    parser = argparse.ArgumentParser(
+        usage="python train.py --model NAME (--block N | --block all | --end-to-end | --control | --eval | "
+              "--sample) [flags]", description=__doc__, parents=[first], allow_abbrev=False,
+        exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--block", metavar="N|all", help="train block N alone, or every block in turn")
+    part.add_argument("--end-to-end", action="store_true", help="train (with --sample: sample) the baseline")
+    part.add_argument("--control", action="store_true", help="the same with the control: one block's layers")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--eval", action="store_true", help="score the blocks beside baseline and control")
+    action.add_argument("--sample", action="store_true", help="generate from the blocks, baseline or control")
+    often = parser.add_argument_group("often used")
+    for title, cls in (("training", Training), ("run", Run), ("data", source.Settings),
+                       (f"model {known.model}", module.Config), ("sampling", module.Sampling)):
+        group = parser.add_argument_group(title)
+        add_flags(often, group, replaced(defaults(cls), preset), hidden=(*source.FACTS, *NO_FLAGS))
+    typed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = re.findall(r"--[a-z][\w-]+", parser.format_help())
+        near = difflib.get_close_matches(unknown[0], flags, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"unknown flag {unknown[0]}{hint}")
+    action, part = what_was_asked(typed)
+    if action != "train" and not hasattr(module, {"eval": "evaluate"}.get(action, action)):
+        raise UserError(f"{known.model}.py lacks {'evaluate' if action == 'eval' else 'sample'}")
+    settings = {name: value for name, value in vars(typed).items() if name not in ACTIONS}
+    return Asked(action, part, known.model, module, source, preset, settings)
+
+
+def import_model(name):
+    """The model file NAME.py beside this one. Raises UserError if it is not there or lacks something."""
+    if not name.isidentifier() or not Path(__file__).with_name(f"{name}.py").exists():
+        raise UserError(f"no {name}.py here; choose vit, dit, gpt, mdm, recurrent or write your own")
+    module = importlib.import_module(name)
+    lacks = [part for part in CONTRACT if not hasattr(module, part)]
+    if lacks:
+        raise UserError(f"{name}.py lacks {', '.join(lacks)}")
+    return module
+
+
+def preset_of(model, module, source, name):
+    """The values of a preset. Raises UserError if there is none of that name, or it names no setting."""
+    if name not in module.PRESETS:
+        raise UserError(f"{model}.py lacks a preset {name!r}; it has {', '.join(module.PRESETS)}")
+    known = set()
+    for cls in (Training, Run, source.Settings, module.Config, module.Sampling):
+        known |= set(flat(defaults(cls)))
+    unknown = set(module.PRESETS[name]) - known
+    if unknown:
+        raise UserError(f"{model}.py: the preset {name!r} names {min(unknown)!r}, which is no setting")
+    return module.PRESETS[name]
+
+
+def what_was_asked(typed):
+    """(action, part) of the flags typed. Raises UserError if they are too few or do not go together."""
+    action = "eval" if typed.eval else "sample" if typed.sample else "train"
+    part = "blocks"
+    if typed.end_to_end:
+        part = "end_to_end"
+    elif typed.control:
+        part = "control"
+    elif typed.block is not None and typed.block != "all":
+        part = f"block_{typed.block}"
+    nothing = typed.block is None and not (typed.end_to_end or typed.control)
+    if action == "train" and nothing or action != "train" and typed.block is not None \
+            or action == "eval" and not nothing:
+        raise UserError("say what to do: --block N, --block all, --end-to-end, --control, --eval or --sample "
+                        "(or the last with --end-to-end or --control)")
+    return action, part
 
 
 # ---- Settings: a flag for each field of Training, Run, the data's Settings, the model's Config and Sampling
 
+def defaults(cls):
+    try:
+        return cls()
+    except TypeError as e:
+        raise UserError(f"every field of {cls.__name__} needs a default ({e})") from None
+
+
 def flat(settings):
     """{field: value} of a dataclass and of those nested in it, such as a Config's noise."""
-    out = {}
+    values = {}
     for f in fields(settings):
         value = getattr(settings, f.name)
-        out |= flat(value) if is_dataclass(value) else {f.name: value} if f.init else {}
-    return out
+        if is_dataclass(value):
+            values |= flat(value)
+        elif f.init:
+            values[f.name] = value
+    return values
 
 
 def replaced(settings, values):
     """A dataclass with the fields that `values` names replaced, in it and in those nested in it."""
-    own = {f.name: getattr(settings, f.name) for f in fields(settings) if f.init}
+    new = {}
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if is_dataclass(value):
+            new[f.name] = replaced(value, values)
+        elif f.init:
+            new[f.name] = values.get(f.name, value)
     with user_errors():
-        return replace(settings, **{k: replaced(v, values) if is_dataclass(v) else values.get(k, v)
-                                    for k, v in own.items()})
+        return replace(settings, **new)
 
 
 @contextlib.contextmanager
@@ -362,130 +864,175 @@ def user_errors():
         raise UserError(str(e)) from e
 
 
-def add_flags(group, settings, hidden):
+def add_flags(often, group, settings, hidden):
     """A flag for every field of a dataclass and of those nested in it; the field's comment is its help."""
-    notes = dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(type(settings)), re.M))
+    cls = type(settings)
+    types, comments = typing.get_type_hints(cls), comments_of(cls)
     for f in fields(settings):
         value = getattr(settings, f.name)
         if is_dataclass(value):
-            add_flags(group, value, hidden)
+            add_flags(often, group, value, hidden)
         elif f.init and f.name not in hidden:
-            how = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "+"}}
-            text = f"{notes.get(f.name, '')} (default: {value!r})".replace("%", "%%")
-            group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text,
-                               **how.get(f.type, {"type": f.type}))
+            where = often if f.name in OFTEN else group
+            options = options_for(types[f.name], f"{cls.__name__}.{f.name}")
+            text = f"{comments.get(f.name, '')} (default: {value!r})".replace("%", "%%")
+            where.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **options)
 
 
-def parse(argv):
-    """(what was typed, the preset's values, the model file, the module of its data). Raises UserError."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--model", default="gpt", help="vit, dit, gpt, mdm, recurrent, or your NAME.py's NAME")
-    first.add_argument("--preset", default="default", help="a set of values that the model file names")
-    known, _ = first.parse_known_args([a for a in argv if a not in ("-h", "--help")])
-    if not (known.model.isidentifier() and Path(__file__).with_name(f"{known.model}.py").exists()):
-        raise UserError(f"no {known.model}.py here; choose vit, dit, gpt, mdm, recurrent or write your own")
-    module = importlib.import_module(known.model)
-    needs = CONTRACT + ("evaluate",) * ("--eval" in argv) + ("sample",) * ("--sample" in argv)
-    lacks = [k for k in needs if not hasattr(module, k)]
-    if lacks or known.preset not in module.PRESETS:
-        raise UserError(f"{known.model}.py lacks {', '.join(lacks) or f'a preset {known.preset!r}'}")
-    source, preset = importlib.import_module(f"data.{module.DATA}"), module.PRESETS[known.preset]
-    parser = argparse.ArgumentParser(
-        description=__doc__, parents=[first], allow_abbrev=False, exit_on_error=False,  # it raises
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    part, act = parser.add_mutually_exclusive_group(), parser.add_mutually_exclusive_group()
-    part.add_argument("--block", metavar="N|all", help="train block N alone, or every block in turn")
-    part.add_argument("--end-to-end", action="store_true", help="train (with --sample: sample) the baseline")
-    part.add_argument("--control", action="store_true", help="the same with the control: one block's layers")
-    act.add_argument("--eval", action="store_true", help="score the blocks beside baseline and control")
-    act.add_argument("--sample", action="store_true", help="generate from the blocks, baseline or control")
-    for title, cls in (("training", Training), ("run", Run), ("data", source.Settings),
-                       (f"model {known.model}", module.Config), ("sampling", module.Sampling)):
-        add_flags(parser.add_argument_group(title), replaced(cls(), preset), source.FACTS)
-    typed, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], re.findall(r"--[a-z][\w-]+", parser.format_help()), 1)
-        raise UserError(f"unknown flag {unknown[0]}{f'; did you mean {near[0]}?' if near else ''}")
-    return vars(typed), preset, module, source
+def options_for(kind, name):
+    """What argparse has to know of a field's type. Raises UserError for a type that no flag can have."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if kind is tuple:
+        return {"nargs": "+"}
+    if kind in (int, float, str):
+        return {"type": kind}
+    raise UserError(f"{name} has the type {kind}; a flag can be bool, int, float, str or tuple, and a field "
+                    f"that is none needs field(init=False)")
 
 
-def settle(typed, preset, module, source, rank=0, n_ranks=1):
-    """(parts to train or to sample, rank and size as `assign` gives them, values of all settings). Those of a
-    checkpoint (to resume, score or sample) outvote a preset's, typed ones outvote both. Raises UserError."""
-    act = typed["eval"] or typed["sample"]
-    parts = [k for k in ("end_to_end", "control") if typed[k]]
-    if act and typed["block"] or typed["eval"] and parts or not (act or parts or typed["block"]):
-        raise UserError("say what to do: --block N, --block all, --end-to-end, --control, --eval or --sample "
-                        "(or the last with --end-to-end or --control)")
-    own = [Run, source.Settings, *([module.Sampling] * typed["sample"] if act else [Training, module.Config])]
-    useless = set(typed).difference(ACTIONS, ["seed"] * typed["sample"], *(flat(cls()) for cls in own))
+def comments_of(cls):
+    """{field: the comment at the end of its line} of a dataclass."""
+    try:
+        source = inspect.getsource(cls)
+    except OSError:  # made at run time
+        return {}
+    return dict(re.findall(r"^    (\w+): [^#\n]*# (.*)$", source, re.MULTILINE))
+
+
+def values_of(asked):
+    """{field: value} of all settings: a preset's, those of a checkpoint outvote it, typed ones outvote both."""
+    typed = dict(asked.typed)
+    if "steps" in typed and "epochs" in typed:
+        raise UserError("--steps and --epochs both say how long to train; type one of them")
+    if "steps" in typed:
+        typed["epochs"] = 0.0
+    refuse_without_effect(asked)
+    saved = {}
+    if asked.action != "train" or typed.get("resume"):
+        out = {**asked.preset, **typed}.get("out", Run.out)
+        part = "block_0" if asked.part == "blocks" else asked.part
+        path = settings_to_follow(checkpoint_path(out, asked.model, part))
+        if path is not None:
+            state = load(path, asked.model)
+            saved = {**state["config"], **state["training"], **state["settings"]}
+    return {**asked.preset, **saved, **typed}
+
+
+def refuse_without_effect(asked):
+    """Raises UserError that names a typed flag which this action does not look at."""
+    used = set(flat(defaults(asked.source.Settings)))
+    if asked.action == "train":
+        used |= {*flat(Run()), *flat(Training()), *flat(defaults(asked.module.Config))}
+    else:
+        used |= {"device", "threads", "out"}
+    if asked.action == "sample":
+        used |= {*flat(defaults(asked.module.Sampling)), "seed"}
+    useless = set(asked.typed) - used
     if useless:
         raise UserError(f"--{min(useless).replace('_', '-')} has no effect here; drop it")
-    typed = typed | ({"epochs": 0.0} if "steps" in typed else {})
-    values, name = preset | typed, f"block_{typed['block']}"
-    folder = Path(replaced(Run(), values).out) / typed["model"]
-    if act or typed.get("resume"):
-        paths = [folder / f"{part}.pt" for part in parts or (name, "block_0")]
-        for path in [path for path in paths if path.exists()][:1]:
-            state = load(path, typed["model"])
-            values = preset | state["config"] | state["training"] | state["settings"] | typed
-    if typed["block"]:
-        blocks = [f"block_{b}" for b in range(replaced(module.Config(), values).noise.n_blocks)]
-        parts = blocks if typed["block"] == "all" else [part for part in blocks if part == name]
-        if not parts:
-            raise UserError(f"no block {typed['block']}; {typed['model']} has blocks 0 to {len(blocks) - 1}")
-    parts, rank, size = (parts, 0, 1) if act else assign(parts, rank, n_ranks)
-    there = [path for path in (folder / f"{part}.pt" for part in parts) if path.exists()]
-    if there and not (act or typed.get("resume") or typed.get("overwrite")):
-        raise UserError(f"{there[0]} is there already: --resume goes on with it, --overwrite trains it anew, "
-                        f"--out names another place")
-    return parts, rank, size, values
 
+
+# ---- From the command line to the loop --------------------------------------------------------------------
 
 def set_up(run, training, local_rank=0):
     """The device with its index, and Training with what auto means there. Raises UserError."""
-    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    name = auto if run.device == "auto" else run.device
+    name = run.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.zeros(1, device=f"cuda:{local_rank}" if name == "cuda" else name).device
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name} cannot be used here: {str(e).splitlines()[0]}") from None
-    if cuda := device.type == "cuda":
+    cuda = device.type == "cuda"
+    if cuda:
         torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # on the default stream nothing can be recorded
     if run.threads > 0:
         torch.set_num_threads(run.threads)
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    auto = {"precision": "bf16" if bf16 else "float32", "compile": "on" if cuda else "off"}
-    return device, replace(training, **{k: v for k, v in auto.items() if getattr(training, k) == "auto"})
+    if training.precision == "auto":
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        training = replace(training, precision="bf16" if bf16 else "float32")
+    if training.compile == "auto":
+        training = replace(training, compile="on" if cuda else "off")
+    return device, training
+
+
+def parts_to_train(asked, values):
+    """["block_0", ...], ["end_to_end"] or ["control"]. Raises UserError for a block that does not exist."""
+    if asked.part in ("end_to_end", "control"):
+        return [asked.part]
+    n_blocks = replaced(asked.module.Config(), values).noise.n_blocks
+    blocks = [f"block_{b}" for b in range(n_blocks)]
+    if asked.part == "blocks":
+        return blocks
+    if asked.part not in blocks:
+        number = asked.part.removeprefix("block_")
+        raise UserError(f"no block {number}; {asked.model} has blocks 0 to {n_blocks - 1}")
+    return [asked.part]
+
+
+def check_out(run, model, parts):
+    """Raises UserError if a checkpoint would be replaced unasked, or nothing can be written."""
+    folder = Path(run.out) / model
+    for part in parts:
+        path = folder / f"{part}.pt"
+        if path.exists() and not (run.resume or run.overwrite):
+            raise UserError(f"{path} is there already: --resume goes on with it, --overwrite trains it anew, "
+                            f"--out names another place")
+    probe = folder / f".{parts[0]}.{os.getpid()}"
+    save(probe, b"")
+    probe.unlink()
+
+
+def train_parts(asked, values, run, training, data, device):
+    """Train what was asked for, as the rank that this process is."""
+    rank, n_ranks, _ = torchrun_ranks()
+    parts, part_rank, size = assign(parts_to_train(asked, values), rank, n_ranks)
+    check_out(run, asked.model, parts)
+    config = replaced(asked.module.Config(), {**values, **data.facts})
+    if training.epochs > 0:
+        steps = math.ceil(training.epochs * data.length(config) / training.batch_size)
+        training = replace(training, steps=steps)
+    if size > 1:
+        # each rank gets as many pieces as any other
+        pieces = math.ceil(training.accumulate / size) * size
+        training = replaced(training, {"accumulate": pieces})
+        connect(parts[0], part_rank, size, device)
+    if rank == 0:
+        print(f"data: {data.describe()}; {device}, {torch.get_num_threads()} threads", flush=True)
+    try:
+        with stopping_by_signal():
+            for part in parts:
+                train(Job(asked.model, asked.module, part, config, training, run, data, device, part_rank, size))
+                gc.collect()  # a wrapped layer refers to itself
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
 
 
 def main(argv):
-    typed, preset, module, source = parse(argv)
-    rank, n_ranks, local_rank = (int(os.environ.get(k, default)) for k, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
-    parts, rank, size, values = settle(typed, preset, module, source, rank, n_ranks)
-    model, run = typed["model"], replaced(Run(), values)
-    device, training = set_up(run, replaced(Training(), values), local_rank)
-    data = source.Data(replaced(source.Settings(), values), device, training.seed)
-    if typed["eval"]:
-        return evaluate(module, model, run, data, device)
-    if typed["sample"]:
-        return sample(module, model, parts, run, values, data, device)
-    config = replaced(module.Config(), values | data.facts)
-    if training.epochs:
-        steps = math.ceil(training.epochs * data.length(config) / training.batch_size)
-        training = replaced(training, {"steps": steps})
-    if size > 1:
-        training = replaced(training, {"accumulate": math.ceil(training.accumulate / size) * size})
-        connect(parts[0], rank, size, device)
-    print(f"data: {data.describe()}; {device}, {torch.get_num_threads()} threads", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):  # after two of them Ctrl-C ends the program at once
-        signal.signal(number, lambda n, _: STOP.append(n) or STOP[1:] and signal.signal(2, signal.SIG_DFL))
-    for part in parts:
-        train(module, model, part, config, training, run, data, device, rank, size)
-        gc.collect()  # a wrapped layer refers to itself
-    if size > 1:
-        dist.destroy_process_group()
+    asked = parse(argv)
+    values = values_of(asked)
+    run = replaced(Run(), values)
+    training = replaced(Training(), values)
+    if asked.action == "train":
+        parts_to_train(asked, values)  # a mistake is told before the data is prepared
+    device, training = set_up(run, training, torchrun_ranks()[2])
+    with user_errors():
+        data = asked.source.Data(replaced(asked.source.Settings(), values), device, training.seed)
+    if asked.action == "eval":
+        evaluate(asked.module, asked.model, run, data, device)
+    elif asked.action == "sample":
+        sampling = replaced(asked.module.Sampling(), values)
+        sample(asked.module, asked.model, asked.part, run, sampling, training.seed, data, device)
+    else:
+        train_parts(asked, values, run, training, data, device)
+
+
+def out_of_memory(error):
+    """Whether an error says that memory, of a device or of the machine, was not enough."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":
@@ -493,8 +1040,11 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (UserError, argparse.ArgumentError) as e:
         sys.exit(f"error: {e}")
-    except torch.OutOfMemoryError as e:
-        sys.exit(f"error: {str(e).split(' GPU ')[0]} To train, try --accumulate or --checkpoint-activations")
-    except (BrokenPipeError, KeyboardInterrupt):  # as of `| head`, or of Ctrl-C
+    except (BrokenPipeError, KeyboardInterrupt):  # as of `| head`, or of Ctrl-C while nothing is trained
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e):
+            raise
+        sys.exit(f"error: not enough memory ({str(e).split(' GPU ')[0].splitlines()[0]}); to train, try --accumulate "
+                 f"or --checkpoint-activations")

@@ -6,17 +6,25 @@
 --memory: the second update of the whole network and of its largest block, not compiled. Activations are what
 the forward pass of one piece of the batch saves for the backward pass. The peak is the most that is allocated
 at once, with weights, moments and running mean. "Checkpointed": only each layer's input is kept.
---time: median and quartiles of rounds, in each of which baseline, control and all blocks have their turn."""
+--time: an update as train.py's loop makes it (on CUDA one launch), and a step of sampling. Baseline, control
+and blocks take turns, and only one of them is in memory at a time. Wall time is the median and the quartiles
+of all rounds. The kernels are those of one update: on CUDA what the profiler saw, with their own time; on a
+CPU the operators of torch that compute something."""
 import gc
 import itertools
 import statistics
+import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import Parser, UserError, about, begin, interleaved, learner, run, train, write
+from common import Parser, UserError, about, begin, learner, run, train, write
+
+TURNS = 4  # how often each part is built and timed
+WARM_UP = 4  # updates before it is timed: what is compiled, and the recording of the update
 
 
 # ---- Memory -----------------------------------------------------------------------------------------------
@@ -44,18 +52,21 @@ def peak_during(function, device):
 def memory_of(setup, part, checkpointed=False):
     """{what: bytes} of the second update of a part."""
     gc.collect()  # layers that are computed twice refer to themselves
-    net, optimizer, average, update = learner(setup, part, checkpointed)
-    weights, mean = (storages([*n.parameters(), *n.buffers()]) if n else {} for n in (net, average))
+    trained = learner(setup, part, checkpointed)
+    net, optimizer = trained.net, trained.optimizer
+    weights, mean = storages([*net.parameters(), *net.buffers()]), {}
+    if trained.average is not None:
+        mean = storages([*trained.average.parameters(), *trained.average.buffers()])
     saved, gradients = {}, {}
 
     def pack(t):
         saved.update({k: v for k, v in storages([t]).items() if k not in weights})
         return t
-    update(0)  # in which the optimizer makes its state
+    train.update(trained, 0)  # in which the optimizer makes its state
     net.register_forward_pre_hook(lambda *_: saved.clear())  # the pieces of a batch do not add up
     optimizer.register_step_pre_hook(lambda *_: gradients.update(storages(p.grad for p in net.parameters())))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        peak = peak_during(lambda: update(1), setup.device)
+        peak = peak_during(lambda: train.update(trained, 1), setup.device)
     moments = storages(t for state in optimizer.state.values() for t in state.values())
     found = {"weights": weights, "gradients": gradients, "optimizer": moments, "running mean": mean,
              "activations": saved}
@@ -111,40 +122,112 @@ def sampling_step(model, net, n=16):
         return lambda: net.logits(net.condition(x[:, :1], length - 1, past)[0], *last)
 
 
+class Operators(TorchDispatchMode):
+    """Counts torch's operators that compute something: not views, not empty tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        alias = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
+        empty = function.overloadpacket.__name__.startswith(("empty", "detach", "alias"))
+        self.count += not (alias or empty)
+        return function(*args, **(kwargs or {}))
+
+
+def kernels_of(function, device):
+    """{"kernels": number, on CUDA "kernel time, ms": their sum} of a call."""
+    if device.type != "cuda":
+        with Operators() as operators:
+            function()
+        return {"kernels": operators.count}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+        function()
+        torch.cuda.synchronize(device)
+    events = [e for e in record.profiler.kineto_results.events()
+              if e.device_type() == torch.autograd.DeviceType.CUDA]
+    return {"kernels": len(events), "kernel time, ms": sum(e.duration_ns() for e in events) / 1e6}
+
+
+def milliseconds(function, device, n):
+    """Wall time of n calls in turn, a list; on CUDA of 16 calls each, since a call does not wait."""
+    at_once = 16 if device.type == "cuda" else 1
+    times = []
+    for _ in range(n):
+        began = time.perf_counter()
+        for _ in range(at_once):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1000 * (time.perf_counter() - began) / at_once)
+    return times
+
+
+def time_part(setup, part, checkpointed, n):
+    """(ms of n updates, kernels of an update, ms of n steps of sampling) of a part, built for it alone."""
+    trained = learner(setup, part, checkpointed)
+    steps = itertools.count()
+
+    def update():
+        train.update(trained, next(steps))
+    milliseconds(update, setup.device, WARM_UP)
+    updates = milliseconds(update, setup.device, n)
+    kernels = kernels_of(update, setup.device)
+    samples = []
+    with torch.no_grad():
+        step = sampling_step(setup.model, trained.net.eval())
+        if step is not None and not checkpointed:
+            milliseconds(step, setup.device, 1)
+            samples = milliseconds(step, setup.device, n)
+    return updates, kernels, samples
+
+
 def time_tables(setup, rounds):
     """Time of an update and of a step of sampling of all parts."""
     blocks = [f"block {b}" for b in range(setup.config.noise.n_blocks)]
-    parts = {name: learner(setup, name.replace(" ", "_")) for name in ("end to end", "control", *blocks)}
-    updates = {name: update for name, (_, _, _, update) in parts.items()}
-    _, _, _, updates["end to end, activations checkpointed"] = learner(setup, "end_to_end", True)
-    updates = interleaved(updates, setup.device, rounds)
+    names = ["end to end", "control", *blocks, "end to end, activations checkpointed"]
+    updates = {name: [] for name in names}
+    samples = {name: [] for name in names}
+    kernels = {}
+    for _ in range(TURNS):
+        for name in names:
+            part, _, checkpointed = name.partition(",")
+            found = time_part(setup, part.replace(" ", "_"), bool(checkpointed), max(1, rounds // TURNS))
+            updates[name] += found[0]
+            kernels[name] = found[1]
+            samples[name] += found[2]
+            gc.collect()  # a recorded function and a wrapped layer refer to themselves
     updates["all blocks"] = [sum(ms) for ms in zip(*(updates[b] for b in blocks))]
-    with torch.no_grad():
-        steps = {name: sampling_step(setup.model, net.eval()) for name, (net, *_) in parts.items()}
-        steps = {name: lambda _, step=step: step() for name, step in steps.items() if step}
-        steps = interleaved(steps, setup.device, rounds)
-    tables = {f"one update of {setup.training.batch_size}": updates}
-    if steps:
-        tables["one step of sampling, 16 at once"] = steps
-    for title, times in tables.items():
-        rows = tables[title] = {}
-        for name, ms in times.items():
-            low, middle, high = statistics.quantiles(ms, n=4)
-            rows[name] = {"ms": middle, "mean, ms": statistics.mean(ms), "lower quartile, ms": low,
-                          "upper quartile, ms": high}
-            if "end to end" in rows:
-                rows[name]["of end to end, %"] = 100 * middle / rows["end to end"]["ms"]
+    kernels["all blocks"] = {column: sum(kernels[b][column] for b in blocks) for column in kernels[blocks[0]]}
+    tables = {f"one update of {setup.training.batch_size}": time_rows(updates, kernels)}
+    if any(samples.values()):
+        tables["one step of sampling, 16 at once"] = time_rows(samples, {})
     return tables
+
+
+def time_rows(times, kernels):
+    """{name: {column: number}} of lists of milliseconds; those that are empty are left out."""
+    rows = {}
+    for name, ms in times.items():
+        if not ms:
+            continue
+        low, middle, high = statistics.quantiles(ms, n=4)
+        rows[name] = {"ms": middle, "mean, ms": statistics.mean(ms), "lower quartile, ms": low,
+                      "upper quartile, ms": high, **kernels.get(name, {})}
+        if "end to end" in rows:
+            rows[name]["of end to end, %"] = 100 * middle / rows["end to end"]["ms"]
+    return rows
 
 
 def main(argv):
     parser = Parser(__doc__)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--time", action="store_true")
-    parser.add_argument("--rounds", type=int, default=20, help="of --time (default: 20)")
+    parser.add_argument("--rounds", type=int, default=20, help="updates timed of each part (default: 20)")
     own, rest = parser.parse_known_args(argv)
-    if not (own.memory or own.time) or own.rounds < 2:
-        raise UserError("say --memory, --time or both; --rounds has to be at least 2")
+    if not (own.memory or own.time) or own.rounds < 2 * TURNS:
+        raise UserError(f"say --memory, --time or both; --rounds has to be at least {2 * TURNS}")
     setup = begin([*rest, "--end-to-end", "--overwrite"])  # nothing is trained, nothing overwritten
     report = about("bench", argv) | {"model": setup.model, "config": train.flat(setup.config),
                                      "training": train.flat(setup.training), "data": setup.data.about}

@@ -1,13 +1,11 @@
 """What the scripts that measure have in common: train.py's flags, networks, the record of a measurement."""
 import argparse
-import copy
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -15,13 +13,11 @@ from types import SimpleNamespace
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is silent
 import torch
-import torch.nn as nn
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import train
 from data import UserError
-from diffusion_blocks import seed_of
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,14 +33,14 @@ class Parser(argparse.ArgumentParser):
 
 def begin(argv):
     """Everything that train.py makes of its flags, by the names that it has there."""
-    typed, preset, module, source = train.parse(argv)
-    values = train.settle(typed, preset, module, source)[-1]
+    asked = train.parse(argv)
+    values = train.values_of(asked)
     run = train.replaced(train.Run(), values)
     device, training = train.set_up(run, train.replaced(train.Training(), values))
-    data = source.Data(train.replaced(source.Settings(), values), device, training.seed)
-    config = train.replaced(module.Config(), values | data.facts)
-    return SimpleNamespace(model=typed["model"], module=module, config=config, training=training, run=run,
-                           device=device, data=data, folder=Path(run.out) / typed["model"])
+    data = asked.source.Data(train.replaced(asked.source.Settings(), values), device, training.seed)
+    config = train.replaced(asked.module.Config(), {**values, **data.facts})
+    return SimpleNamespace(model=asked.model, module=asked.module, config=config, training=training, run=run,
+                           device=device, data=data, folder=Path(run.out) / asked.model)
 
 
 def load(setup):
@@ -61,42 +57,10 @@ def plain_logits(net, x, *how):
 
 
 def learner(setup, part, checkpointed=False):
-    """A part of the model in training: network, optimizer, running mean or None, and update(step), which does
-    what `train.train` does in an update."""
-    training, device, seed = setup.training, setup.device, seed_of(setup.training.seed, part)
-    n_pieces, bf16 = training.accumulate, training.precision == "bf16"
-    torch.manual_seed(seed)
-    net = train.build(setup.module, setup.config, part).to(device).train()
-    average = copy.deepcopy(net).requires_grad_(False) if training.ema else None
-    optimizer = train.make_optimizer(net, training, device)
-    train.prepare_layers(net, training, replace(setup.run, checkpoint_activations=checkpointed))
-
-    def update(step):
-        for piece in range(step * n_pieces, (step + 1) * n_pieces):
-            torch.manual_seed(seed + piece)
-            batch = setup.data.batch(training.batch_size // n_pieces, setup.config, piece)
-            with torch.autocast(device.type, torch.bfloat16, bf16):
-                loss = net(batch) / n_pieces
-            loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), training.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if average is not None:
-            torch._foreach_lerp_(list(average.parameters()), [p.data for p in net.parameters()], 0.1)
-    return net, optimizer, average, update
-
-
-def interleaved(functions, device, rounds, warm_up=3):
-    """{name: milliseconds of each round}; in a round every function has its turn."""
-    times = {name: [] for name in functions}
-    for i in range(warm_up + rounds):
-        for name, function in functions.items():
-            began = time.perf_counter()
-            function(i)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times[name].append(1000 * (time.perf_counter() - began))
-    return {name: ms[warm_up:] for name, ms in times.items()}
+    """A part of the model in training, as train.py's loop has it: `train.update(learner, step)` trains it."""
+    run = replace(setup.run, checkpoint_activations=checkpointed)
+    return train.Learner(train.Job(setup.model, setup.module, part, setup.config, setup.training, run,
+                                   setup.data, setup.device))
 
 
 def about(script, argv):
