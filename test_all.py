@@ -1,5 +1,6 @@
 """The promises of this project, as tests: CPU, no network, small networks. Run: pytest test_all.py"""
 import argparse
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -714,7 +716,6 @@ def cut(monkeypatch, args):
 
 # ---- A pretend GPU ----------------------------------------------------------------------------------------
 
-CUDA = torch.device("cuda", 0)
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount"}
 
 
@@ -733,10 +734,14 @@ def put(x, place="cuda"):
 class PretendGPU(TorchFunctionMode):
     """Real CPU tensors, some of whose storages are marked as being on cuda:0. Python's view of torch
     follows the marks; `Kernels` sees each operation. A fault is an operation on tensors of both kinds and, in
-    every second update, which logs and saves nothing, whatever waits for the device."""
+    every second update, which logs and saves nothing, whatever waits for the device.
 
-    def __init__(self, patch):
+    Under the name mps it is Apple's, which has no float64: a float64 tensor on it is a fault, and waiting is
+    not."""
+
+    def __init__(self, patch, name="cuda"):
         super().__init__()
+        self.name, self.device = name, torch.device(name, 0)
         self.faults, self.updates, self.kernels, self.on_device = [], 0, Kernels(self), False
         step, group = torch.optim.AdamW.step, torch._C._group_tensors_by_device_and_dtype
 
@@ -748,11 +753,12 @@ class PretendGPU(TorchFunctionMode):
             step(optimizer)
             self.updates += 1
         patch.setattr(torch.optim.AdamW, "step", count)
-        for name, fake in dict(is_available=lambda: True, device_count=lambda: 1, set_device=set_device,
+        patch.setattr(torch.backends.mps, "is_available", lambda: name == "mps")
+        for function, fake in dict(is_available=lambda: name == "cuda", device_count=lambda: 1, set_device=set_device,
                                is_bf16_supported=lambda **_: False, max_memory_allocated=lambda _: 2 ** 20,
                                is_current_stream_capturing=lambda: False, Stream=lambda _: None,
                                set_stream=lambda _: None).items():
-            patch.setattr(torch.cuda, name, fake)
+            patch.setattr(torch.cuda, function, fake)
         patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", lambda *a: {
             (torch.device(where(v[0][0][0])), dtype): v for (_, dtype), v in group(*a).items()})
 
@@ -761,14 +767,14 @@ class PretendGPU(TorchFunctionMode):
         raise RuntimeError(what)
 
     def wait(self, what):
-        if self.updates % 2:
+        if self.updates % 2 and self.name == "cuda":
             self.fault(f"{what} waits for the device within an update")
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), func.__name__
         here = any(where(x) == "cuda" for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
         if here and func in (torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__):
-            return CUDA if func == torch.Tensor.device.__get__ else True
+            return self.device if func == torch.Tensor.device.__get__ else self.name == "cuda"
         if name == "pin_memory":
             return put(args[0].clone(), "pinned")
         if name in ("to", "cpu", "cuda"):
@@ -776,7 +782,7 @@ class PretendGPU(TorchFunctionMode):
         if here and name in ("numpy", "__array__"):
             self.fault("a tensor on the device cannot be converted to numpy")
         device = kwargs.get("device")
-        if device is not None and torch.device(device).type == "cuda":
+        if device is not None and torch.device(device).type == self.name:
             here, kwargs["device"] = True, "cpu"
         if here and name in ("tolist", "tensor", "as_tensor"):
             self.wait(name)
@@ -790,6 +796,7 @@ class PretendGPU(TorchFunctionMode):
     def move(self, name, x, *args, non_blocking=False, **kwargs):
         given = [where(a) if isinstance(a, torch.Tensor) else a for a in [*args, *kwargs.values()]]
         devices = [torch.device(a).type for a in given if isinstance(a, (str, torch.device))]
+        devices = ["cuda" if kind == self.name else kind for kind in devices]
         dtypes = [a for a in given if isinstance(a, torch.dtype)]
         target = name if name != "to" else devices[0] if devices else where(x)
         if target == where(x):
@@ -816,7 +823,11 @@ class Kernels(TorchDispatchMode):
             elif name != "copy_" and not all(on or x.dim() == 0 for on, x in zip(here, tensors)):
                 gpu.fault(f"{name} mixes tensors of CPU and device")
         out = func(*args, **(kwargs or {}))
-        return put(out) if any(here) or not tensors and gpu.on_device else out
+        on_device = any(here) or not tensors and gpu.on_device
+        if gpu.name == "mps" and on_device and any(x.dtype == torch.float64 for x in tree_leaves(out)
+                                                   if isinstance(x, torch.Tensor)):
+            gpu.fault(f"{name} makes a float64 tensor on the device")
+        return put(out) if on_device else out
 
 
 @pytest.mark.parametrize("model", [module.__name__ for module in MODELS])
@@ -842,6 +853,205 @@ def test_a_model_trains_resumes_is_scored_and_sampled_and_on_a_gpu_no_update_wai
     numbers = [v for table in report["tables"].values() for row in table.values() for v in row.values()]
     assert np.isfinite(numbers).all() and set(report["updates"].values()) == {4}
     assert report["device"] == "cuda:0"
+
+# ---- A pretended CUDA graph -------------------------------------------------------------------------------
+#
+# A CUDA graph, played on the CPU. While an update is recorded, `Recording` lists the operators that touch the
+# device, with their arguments; whatever they changed is put back, since a real recording computes nothing. A
+# replay runs the list again, on the same tensors and with the same Python numbers, and puts what an operator
+# returns into the tensors that it returned while it was recorded. So a number that was baked in, a tensor that
+# was replaced, or a draw on the CPU shows as other weights than without a recording.
+
+DRAWS = {"rand", "randn", "randint", "randperm", "poisson", "bernoulli", "bernoulli_", "randn_like", "rand_like",
+         "normal_", "uniform_", "native_dropout"}
+
+
+def storage(x):
+    return x.untyped_storage().data_ptr()
+
+
+def tensors_in(*values):
+    return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+
+
+class PretendGraph:
+    def __init__(self):
+        self.operators = []  # (function, args, kwargs, what it returned, the storages that it made)
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        with torch.no_grad():
+            for function, args, kwargs, returned, made in self.operators:
+                again = function(*args, **kwargs)
+                for old, new in zip(tensors_in(returned), tensors_in(again)):
+                    if storage(old) in made and old.numel() > 0:
+                        old.detach().copy_(new.detach())
+
+
+class Recording(TorchDispatchMode):
+    def __init__(self, graph):
+        super().__init__()
+        self.graph = graph
+        self.made = set()    # storages made while recording
+        self.before = {}     # of other storages that were written to: (tensor, content before)
+        self.kept = []       # addresses must not be used twice, as in a graph's own memory
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        on_device = any(where(x) == "cuda" for x in tensors_in(args, kwargs))
+        assert name != "_pin_memory", "pinned memory while recording"
+        assert not (on_device and name in WAITS), f"{name} waits for the device while recording"
+        self.remember_what_is_written(function, args)
+        returned = function(*args, **kwargs)
+        given = {storage(x) for x in tensors_in(args, kwargs)}
+        made = {storage(x) for x in tensors_in(returned)} - given
+        self.made |= made
+        self.kept += [args, returned]
+        if on_device or any(where(x) == "cuda" for x in tensors_in(returned)):
+            self.graph.operators.append((function, args, kwargs, returned, made))
+        return returned
+
+    def remember_what_is_written(self, function, args):
+        for argument, value in zip(function._schema.arguments, args):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            for x in tensors_in(value):
+                if storage(x) not in self.made and storage(x) not in self.before:
+                    self.before[storage(x)] = (x, x.untyped_storage().clone())
+
+
+@contextlib.contextmanager
+def pretend_recording(graph, stream=None):
+    """torch.cuda.graph: nothing that happens within it lasts, but for the list of operators."""
+    generator = torch.get_rng_state()
+    recording = Recording(graph)
+    with recording:
+        yield
+    for x, content in recording.before.values():
+        x.untyped_storage().copy_(content)
+    torch.set_rng_state(generator)
+
+
+class CountsCPUDraws(TorchDispatchMode):
+    """The number of draws that are not on the device: it stands for the state of the CPU's generators."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu, self.count = gpu, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = tensors_in(args, kwargs)
+        on_device = any(where(x) == "cuda" for x in given) if given else self.gpu.on_device
+        if function.overloadpacket.__name__ in DRAWS and not on_device:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def recording_gpu(monkeypatch):
+    """The pretended GPU with CUDA graphs. Yields the list of graphs that were made."""
+    graphs = []
+
+    def make_graph():
+        graphs.append(PretendGraph())
+        return graphs[-1]
+    monkeypatch.setattr(train, "EXAMPLES_AT_ONCE", 16)  # four batches: nine updates need three draws
+    monkeypatch.setattr(PretendGPU, "wait", lambda self, what: None)  # replayed updates are not counted
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", make_graph)
+    monkeypatch.setattr(torch.cuda, "graph", pretend_recording)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    with PretendGPU(monkeypatch) as gpu, gpu.kernels, CountsCPUDraws(gpu) as draws:
+        monkeypatch.setattr(train, "cpu_random_state", lambda: draws.count)
+        yield graphs
+    assert not gpu.faults
+
+
+def unrecorded(monkeypatch):
+    """From now on no update is recorded; all else is as on the pretended GPU."""
+    monkeypatch.setattr(train, "can_be_recorded", lambda job: False)
+
+
+def log_of(path):
+    """The log in a checkpoint, without times."""
+    log = torch.load(path, weights_only=True)["log"]
+    return [{name: value for name, value in row.items() if name != "ms"} for row in log]
+
+
+@pytest.mark.parametrize("model", list(SMALL))
+def test_a_recorded_update_is_the_update(model, flags, tmp_path, monkeypatch):
+    common = flags(model, "--steps=9", "--warmup=3", "--log-every=4")
+    parts = ("--block=all", "--end-to-end", "--control")
+    with recording_gpu(monkeypatch) as graphs:
+        for part in parts:
+            train.main([*common, part, f"--out={tmp_path}/recorded"])
+        unrecorded(monkeypatch)
+        for part in parts:
+            train.main([*common, part, f"--out={tmp_path}/plain"])
+    # recurrent's baseline and control draw the number of their passes on the CPU
+    assert len(graphs) == (1 if model == "recurrent" else 4)
+    assert [graph.replays for graph in graphs] == [6] * len(graphs)
+    for path in (tmp_path / "recorded" / model).glob("*.pt"):
+        other = tmp_path / "plain" / model / path.name
+        assert weights(path) == weights(other)
+        assert log_of(path) == log_of(other)
+
+
+def test_a_recorded_run_goes_on_within_a_chunk_of_batches_to_the_same_bits(flags, tmp_path, monkeypatch):
+    common = flags("vit", "--steps=9", "--log-every=4", "--save-every=5", "--end-to-end")
+    with recording_gpu(monkeypatch):
+        train.main([*common, f"--out={tmp_path}/whole"])
+        cut(monkeypatch, [*common, f"--out={tmp_path}/cut"])
+        train.main([*common, f"--out={tmp_path}/cut", "--resume"])
+    whole, again = (tmp_path / name / "vit/end_to_end.pt" for name in ("whole", "cut"))
+    assert weights(whole) == weights(again)
+
+
+@pytest.mark.parametrize("more", ["--accumulate=2", "--checkpoint-activations", "--compile=off"])
+def test_what_cannot_be_recorded_runs_unrecorded(more, flags, tmp_path, monkeypatch):
+    with recording_gpu(monkeypatch) as graphs:
+        train.main(flags("gpt", "--block=0", "--steps=6", more, f"--out={tmp_path}"))
+    assert graphs == []
+    assert train.load(tmp_path / "gpt/block_0.pt", "gpt")["step"] == 6
+
+
+def test_a_model_that_waits_for_the_device_is_not_recorded_and_is_told_so(flags, tmp_path, monkeypatch, capsys):
+    def forward(self, batch, real=gpt.Block.forward):
+        warnings.warn("called a synchronizing CUDA operation")  # as torch does in its mode "warn"
+        return real(self, batch)
+    monkeypatch.setattr(gpt.Block, "forward", forward)
+    with recording_gpu(monkeypatch) as graphs, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train.main(flags("gpt", "--block=0", "--steps=6", f"--out={tmp_path}"))
+    assert graphs == []
+    assert "not recorded as a CUDA graph: the model waits for the device" in capsys.readouterr().out
+
+
+def test_an_error_while_recording_is_one_line_that_says_what_to_do(flags, tmp_path, monkeypatch):
+    def fail(graph, stream=None):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+    with recording_gpu(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "graph", fail)
+        with pytest.raises(UserError, match="stream is capturing.*--compile off") as error:
+            train.main(flags("gpt", "--block=0", "--steps=6", f"--out={tmp_path}"))
+    assert "\n" not in str(error.value)
+
+
+# ---- A pretended Apple GPU --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("model", list(SMALL))
+def test_no_float64_is_on_a_device_that_has_none(model, flags, tmp_path, monkeypatch, capsys):
+    common = flags(model, f"--out={tmp_path}")
+    with PretendGPU(monkeypatch, "mps") as gpu, gpu.kernels:
+        for part in ("--block=all", "--end-to-end", "--control"):
+            train.main([*common, part])
+        train.main([f"--model={model}", "--eval", f"--out={tmp_path}"])
+        train.main([f"--model={model}", "--sample", f"--out={tmp_path}", *SAMPLE.get(model, [])])
+    assert not gpu.faults and gpu.kernels.count > 1000
+    assert json.loads((tmp_path / model / "eval.json").read_text())["device"] == "mps:0"
 
 
 # ---- One update, written out ------------------------------------------------------------------------------

@@ -377,6 +377,7 @@ class Recorded:
     def __init__(self, function):
         self.function = function
         self.calls = 0
+        self.batch = None   # where the graph reads its batch
         self.graph = None
         self.obstacle = ""  # why it cannot be recorded
 
@@ -410,7 +411,6 @@ class Recorded:
         return ""
 
     def record(self, batch):
-        self.batch = rows(batch, 0, None)
         if torch.is_tensor(batch):
             self.batch = batch.clone()
         else:
