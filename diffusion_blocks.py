@@ -19,6 +19,12 @@ import torch
 import torch.nn.functional as F
 
 
+def require(holds, rule, value):
+    """Raises ValueError that names the rule and the value which breaks it."""
+    if not holds:
+        raise ValueError(f"{rule}; got {value}")
+
+
 def split_layers(n_layer, n_blocks, split=""):
     """The layers of every block, a list of ranges: the same number in each, or the sizes in `split`, such as
     "3,6,3". Raises ValueError if they do not fit."""
@@ -87,10 +93,13 @@ class LogNormal(Noise):
     weighting: str = "none"     # of the loss: none (the released code's, in effect) or edm
 
     def __post_init__(self):
-        if not (0 < self.sigma_min < self.sigma_max and self.p_std > 0 and self.sigma_data > 0):
-            raise ValueError("need 0 < sigma_min < sigma_max, p_std > 0 and sigma_data > 0")
-        if self.n_blocks < 1 or self.gamma < 0 or self.weighting not in ("none", "edm"):
-            raise ValueError("need n_blocks of at least 1, gamma of at least 0, weighting none or edm")
+        require(0 < self.sigma_min < self.sigma_max, "need 0 < sigma_min < sigma_max",
+                f"sigma_min {self.sigma_min}, sigma_max {self.sigma_max}")
+        require(self.p_std > 0, "p_std must be above 0", self.p_std)
+        require(self.sigma_data > 0, "sigma_data must be above 0", self.sigma_data)
+        require(self.n_blocks >= 1, "n_blocks must be at least 1", self.n_blocks)
+        require(self.gamma >= 0, "gamma must be at least 0", self.gamma)
+        require(self.weighting in ("none", "edm"), "weighting must be none or edm", self.weighting)
         n, ratio = self.n_blocks, self.sigma_max / self.sigma_min
         if self.edges == "probability":
             inner = self.icdf([i / n for i in range(1, n)]).tolist()
@@ -148,14 +157,18 @@ class LogNormal(Noise):
             return (sigma ** 2 + self.sigma_data ** 2) / (sigma * self.sigma_data) ** 2  # EDM table 1
         return torch.ones_like(sigma)
 
-    def precondition(self, sigma):
-        """c_skip, c_out, c_in, c_noise of sigma's shape, for D = c_skip z + c_out F(c_in z, c_noise)."""
-        s2, d2 = sigma ** 2, self.sigma_data ** 2
-        c_skip = d2 / (s2 + d2)                                  # EDM table 1
-        c_out = sigma * self.sigma_data / (s2 + d2).sqrt()       # EDM table 1; weight * c_out^2 = 1
-        c_in = 1 / (s2 + d2).sqrt()                              # EDM table 1; c_in * z has unit variance
+    def input_scales(self, sigma):
+        """c_in, c_noise of sigma's shape: a network F reads c_in z and c_noise."""
+        c_in = 1 / (sigma ** 2 + self.sigma_data ** 2).sqrt()    # EDM table 1; c_in * z has unit variance
         c_noise = sigma.log() / 4                                # EDM table 1
-        return c_skip, c_out, c_in, c_noise
+        return c_in, c_noise
+
+    def output_scales(self, sigma):
+        """c_skip, c_out of sigma's shape, for D = c_skip z + c_out F(c_in z, c_noise)."""
+        total = sigma ** 2 + self.sigma_data ** 2
+        c_skip = self.sigma_data ** 2 / total                    # EDM table 1
+        c_out = sigma * self.sigma_data / total.sqrt()           # EDM table 1; weight * c_out^2 = 1
+        return c_skip, c_out
 
     def bound_levels(self, block, u):
         """(sigma, density), float64, at parts u (n,) of a block's interval: the mean of density * E|y - D|^2
@@ -182,9 +195,10 @@ class Masking(Noise):
     mask_id: int = field(default=0, init=False)  # the token that stands for a mask; a model's Config sets it
 
     def __post_init__(self):
-        known = self.schedule in ("linear", "cosine")
-        if not (known and self.n_blocks >= 1 and self.gamma >= 0 and 0 < self.eps < 0.5):
-            raise ValueError("need n_blocks > 0, gamma >= 0, 0 < eps < 0.5, and schedule linear or cosine")
+        require(self.schedule in ("linear", "cosine"), "schedule must be linear or cosine", self.schedule)
+        require(self.n_blocks >= 1, "n_blocks must be at least 1", self.n_blocks)
+        require(self.gamma >= 0, "gamma must be at least 0", self.gamma)
+        require(0 < self.eps < 0.5, "eps must be above 0 and below 0.5", self.eps)
         self.ends = [self._inverse(1 - (self.n_blocks - i) / self.n_blocks) for i in range(self.n_blocks + 1)]
 
     def mask_probability(self, t):
@@ -275,7 +289,7 @@ def bayes_logits(prior, z, sigma, table):
 def edm_logits(f, z, sigma, table, noise, scale):
     """The paper's logits scale * D @ E^T, with D = c_skip z + c_out f; f and z (B, ..., C), sigma (B,).
     The scale is learned: the product of two unit vectors alone cannot make a sharp softmax."""
-    c_skip, c_out, _, _ = (expand(c, z) for c in noise.precondition(sigma))
+    c_skip, c_out = (expand(c, z) for c in noise.output_scales(sigma))
     with torch.autocast(z.device.type, enabled=False):
         return scale * (c_skip * z + c_out * f.float()) @ table.T   # (B, ..., V)
 

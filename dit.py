@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion_blocks import LogNormal, euler, expand, score_loss, split_layers
+from diffusion_blocks import LogNormal, euler, expand, require, score_loss, split_layers
 
 DATA = "images"  # the module of data/ that this model is trained on
 
@@ -41,12 +41,14 @@ class Config:
 
     def __post_init__(self):
         split_layers(self.n_layer, self.noise.n_blocks, self.layer_split)
-        if self.n_head < 1 or self.n_embd < 1 or self.n_embd % self.n_head or self.n_embd % 4:
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head} and of 4")
-        if self.n_cond < 2 or self.n_cond % 2 or not (0 <= self.dropout < 1 and 0 <= self.label_drop <= 1):
-            raise ValueError("need an even n_cond, dropout from 0 to below 1, label_drop from 0 to 1")
-        if self.patch_size < 1 or self.image_size % self.patch_size:
-            raise ValueError(f"patch_size {self.patch_size} must divide the images' side {self.image_size}")
+        require(self.n_head >= 1, "n_head must be at least 1", self.n_head)
+        require(self.n_embd >= 1 and self.n_embd % self.n_head == 0 and self.n_embd % 4 == 0,
+                f"n_embd must be a multiple of n_head {self.n_head} and of 4", self.n_embd)
+        require(self.n_cond >= 2 and self.n_cond % 2 == 0, "n_cond must be even and above 0", self.n_cond)
+        require(0 <= self.dropout < 1, "dropout must be at least 0 and below 1", self.dropout)
+        require(0 <= self.label_drop <= 1, "label_drop must be from 0 to 1", self.label_drop)
+        require(self.patch_size >= 1 and self.image_size % self.patch_size == 0,
+                f"patch_size must divide the images' side {self.image_size}", self.patch_size)
 
     def control(self):
         """The control has one block's worth of layers. If the blocks do no better, depth was not used."""
@@ -78,10 +80,11 @@ class Sampling:
     euler_steps: int = 50       # noise levels visited (paper: 50)
 
     def __post_init__(self):
-        if not all(c.isdecimal() for c in self.classes) or not math.isfinite(self.guidance):
-            raise ValueError("classes are numbers from 0, such as 3 7, and guidance is a number")
-        if self.n_images < 1 or self.euler_steps < 2:
-            raise ValueError("n_images must be at least 1, euler_steps at least 2")
+        numbers = all(str(c).isdecimal() for c in self.classes)
+        require(numbers, "classes are numbers from 0, such as 3 7", " ".join(map(str, self.classes)))
+        require(math.isfinite(self.guidance), "guidance must be a number", self.guidance)
+        require(self.n_images >= 1, "n_images must be at least 1", self.n_images)
+        require(self.euler_steps >= 2, "euler_steps must be at least 2", self.euler_steps)
 
 
 # ---- The transformer layer --------------------------------------------------------------------------------
@@ -208,7 +211,8 @@ class Block(nn.Module):
 
     def denoise(self, z, sigma, label):
         """D(z, sigma, label) = E[y | z, label], of z's shape (B, K, H, W); sigma (B,), label (B,)."""
-        c_skip, c_out, c_in, c_noise = self.noise.precondition(sigma)
+        c_skip, c_out = self.noise.output_scales(sigma)
+        c_in, c_noise = self.noise.input_scales(sigma)
         c_skip, c_out, c_in = (expand(c, z) for c in (c_skip, c_out, c_in))  # (B, 1, 1, 1) each
         cond = self.condition(c_noise, label)                                # (B, 1, n_cond)
         h = self.patch_in(patches(c_in * z, self.config.patch_size)) + self.position         # (B, T, C)

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, decode_labels, edm_logits, ensemble,
-                              score_labels, score_loss, split_layers, target_table)
+                              require, score_labels, score_loss, split_layers, target_table)
 
 DATA = "text"  # the module of data/ that this model is trained on
 
@@ -40,10 +40,12 @@ class Config:
 
     def __post_init__(self):
         split_layers(self.n_layer, self.noise.n_blocks, self.layer_split)
-        if self.n_head < 1 or self.n_embd < 1 or self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of twice n_head {self.n_head}")
-        if self.n_cond < 2 or self.n_cond % 2 or self.seq_len < 2 or self.readout not in ("bayes", "edm"):
-            raise ValueError("need an even n_cond, seq_len of at least 2, readout bayes or edm")
+        require(self.n_head >= 1, "n_head must be at least 1", self.n_head)
+        require(self.n_embd >= 1 and self.n_embd % (2 * self.n_head) == 0,
+                f"n_embd must be a multiple of twice n_head {self.n_head}", self.n_embd)
+        require(self.n_cond >= 2 and self.n_cond % 2 == 0, "n_cond must be even and above 0", self.n_cond)
+        require(self.seq_len >= 2, "seq_len must be at least 2", self.seq_len)
+        require(self.readout in ("bayes", "edm"), "readout must be bayes or edm", self.readout)
 
     def control(self):
         """The control has one block's worth of layers. If the blocks do no better, depth was not used."""
@@ -72,9 +74,10 @@ class Sampling:
     euler_steps: int = 0        # euler: noise levels visited for each token; 0: max(n_blocks + 1, 4)
 
     def __post_init__(self):
-        valid = all(self.prompt) and self.n_tokens >= 0 and self.temperature >= 0
-        if not valid or self.sampler not in ("ensemble", "euler"):
-            raise ValueError("need a prompt, n_tokens, temperature >= 0, sampler ensemble or euler")
+        require(all(self.prompt), "a prompt must not be empty", list(self.prompt))
+        require(self.n_tokens >= 0, "n_tokens must be at least 0", self.n_tokens)
+        require(self.temperature >= 0, "temperature must be at least 0", self.temperature)
+        require(self.sampler in ("ensemble", "euler"), "sampler must be ensemble or euler", self.sampler)
 
 
 # ---- The transformer layer --------------------------------------------------------------------------------
@@ -227,7 +230,7 @@ class Block(nn.Module):
     def logits(self, x, z, sigma, context):
         """Logits (B, T, V) of the next token in the slots of the last T clean tokens x (B, T), given z
         (B, T, C) and sigma (B,)."""
-        _, _, c_in, c_noise = self.noise.precondition(sigma)
+        c_in, c_noise = self.noise.input_scales(sigma)
         cond = self.noise_embedding(c_noise)                                 # (B, 1, n_cond)
         n, start = x.shape[1], context[0][0].shape[2] - x.shape[1]
         # a slot sees clean tokens up to its own, itself, and no other slot

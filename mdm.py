@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion_blocks import Masking, bound_share, cross_entropy, score_loss, split_layers
+from diffusion_blocks import Masking, bound_share, cross_entropy, require, score_loss, split_layers
 
 DATA = "text"  # the module of data/ that this model is trained on
 
@@ -35,10 +35,11 @@ class Config:
 
     def __post_init__(self):
         split_layers(self.n_layer, self.noise.n_blocks, self.layer_split)
-        if self.n_head < 1 or self.n_embd < 1 or self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of twice n_head {self.n_head}")
-        if self.n_cond < 2 or self.n_cond % 2 or self.seq_len < 2:
-            raise ValueError("need an even n_cond and seq_len of at least 2")
+        require(self.n_head >= 1, "n_head must be at least 1", self.n_head)
+        require(self.n_embd >= 1 and self.n_embd % (2 * self.n_head) == 0,
+                f"n_embd must be a multiple of twice n_head {self.n_head}", self.n_embd)
+        require(self.n_cond >= 2 and self.n_cond % 2 == 0, "n_cond must be even and above 0", self.n_cond)
+        require(self.seq_len >= 2, "seq_len must be at least 2", self.seq_len)
         self.noise.mask_id = self.vocab_size
 
     def control(self):
@@ -64,8 +65,9 @@ class Sampling:
     temperature: float = 1.0    # of the softmax over tokens; 0: the most probable
 
     def __post_init__(self):
-        if self.n_moves < 1 or self.temperature < 0 or self.grid not in ("uniform", "cosine"):
-            raise ValueError("need n_moves of at least 1, temperature of at least 0, grid uniform or cosine")
+        require(self.n_moves >= 1, "n_moves must be at least 1", self.n_moves)
+        require(self.temperature >= 0, "temperature must be at least 0", self.temperature)
+        require(self.grid in ("uniform", "cosine"), "grid must be uniform or cosine", self.grid)
 
 
 # ---- The transformer layer --------------------------------------------------------------------------------

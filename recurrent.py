@@ -18,8 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, edm_logits, euler, score_labels,
-                              score_loss, target_table)
+from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, edm_logits, euler, require,
+                              score_labels, score_loss, target_table)
 
 DATA = "text"  # the module of data/ that this model is trained on
 
@@ -42,14 +42,15 @@ class Config:
     noise: LogNormal = field(default_factory=lambda: LogNormal(p_mean=1.2, p_std=1.0))
 
     def __post_init__(self):
-        if self.noise.n_blocks != 1:
-            raise ValueError("recurrent is one network for all noise levels: n_blocks can only be 1")
-        if min(self.n_prelude, self.n_core, self.n_coda, self.mean_passes, self.grad_passes, self.n_head) < 1:
-            raise ValueError("numbers of layers, passes and heads must be at least 1")
-        if self.n_embd < 1 or self.n_embd % (2 * self.n_head):
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of twice n_head {self.n_head}")
-        if self.n_cond < 2 or self.n_cond % 2 or self.seq_len < 2 or self.readout not in ("bayes", "edm"):
-            raise ValueError("need an even n_cond, seq_len of at least 2, readout bayes or edm")
+        require(self.noise.n_blocks == 1, "recurrent is one network for all noise levels: n_blocks can only be 1",
+                self.noise.n_blocks)
+        for name in ("n_prelude", "n_core", "n_coda", "mean_passes", "grad_passes", "n_head"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        require(self.n_embd >= 1 and self.n_embd % (2 * self.n_head) == 0,
+                f"n_embd must be a multiple of twice n_head {self.n_head}", self.n_embd)
+        require(self.n_cond >= 2 and self.n_cond % 2 == 0, "n_cond must be even and above 0", self.n_cond)
+        require(self.seq_len >= 2, "seq_len must be at least 2", self.seq_len)
+        require(self.readout in ("bayes", "edm"), "readout must be bayes or edm", self.readout)
 
     def control(self):
         """The control is trained with one pass. If the block does no better, its passes were not used."""
@@ -73,8 +74,10 @@ class Sampling:
     n_passes: int = 32          # passes for each token: of the recurrence, or Euler steps
 
     def __post_init__(self):
-        if not all(self.prompt) or self.n_tokens < 0 or self.temperature < 0 or self.n_passes < 1:
-            raise ValueError("need a prompt, n_tokens and temperature of at least 0, n_passes of at least 1")
+        require(all(self.prompt), "a prompt must not be empty", list(self.prompt))
+        require(self.n_tokens >= 0, "n_tokens must be at least 0", self.n_tokens)
+        require(self.temperature >= 0, "temperature must be at least 0", self.temperature)
+        require(self.n_passes >= 1, "n_passes must be at least 1", self.n_passes)
 
 
 # ---- The transformer layer --------------------------------------------------------------------------------
@@ -236,7 +239,7 @@ class Block(Recurrent):
     def logits(self, e, z, sigma, start=0, past=None):
         """Logits (B, T, V) of the next token in slots of e and z (B, T, C) at sigma (B,), after those of the
         past; and the slots' keys and values in core and coda."""
-        _, _, c_in, c_noise = self.noise.precondition(sigma)
+        c_in, c_noise = self.noise.input_scales(sigma)
         cond, n = self.noise_embedding(c_noise), self.config.n_core          # (B, 1, n_cond)
         h = torch.cat([self.config.z_rate * c_in[:, None, None] * z, e], dim=-1)             # (B, T, 2C)
         h, core = run(self.core, self.adapter(h).float(), start, past and past[:n], cond)

@@ -243,7 +243,7 @@ def test_each_level_has_one_owner_the_same_in_training_and_in_sampling(noise):
 
 def test_preconditioning_weight_and_loss_have_their_known_values_and_identities():
     noise, sigma = LogNormal(weighting="edm"), torch.tensor([.002, .5, 3.0, 80.0], dtype=torch.float64)
-    c_skip, c_out, c_in, c_noise = noise.precondition(sigma)
+    (c_skip, c_out), (c_in, c_noise) = noise.output_scales(sigma), noise.input_scales(sigma)
     assert c_skip[1].item() == pytest.approx(.5) and c_out[1].item() == pytest.approx(.5 ** .5 / 2)
     assert torch.allclose(noise.weight(sigma) * c_out ** 2, torch.ones_like(sigma))
     assert torch.allclose(c_in ** 2 * (sigma ** 2 + .25), torch.ones_like(sigma))
@@ -638,7 +638,7 @@ def test_the_denoising_loss_is_that_of_the_owner_of_each_level():
     config, data = tiny(dit), held_out(torch.full((600, 3, 8, 8), .1), torch.arange(600) % 10)    # y is 0
     nets = [*(dit.Block(config, b) for b in range(2)), dit.EndToEnd(config)]
     for off, net in enumerate(nets, 1):  # off by off * c_out, where the weight is 1 / c_out^2
-        net.denoise = lambda z, s, label, off=off: off * config.noise.precondition(s)[1].view(-1, 1, 1, 1)
+        net.denoise = lambda z, s, label, off=off: off * config.noise.output_scales(s)[1].view(-1, 1, 1, 1)
     main, by_block = dit.evaluate(nets[:2], {"end to end": nets[2]}, data).values()
     assert [row["weighted squared error"] for row in main.values()] == pytest.approx([9, (1 + 4) / 2])
     assert [row["blocks"] for row in by_block.values()] == pytest.approx([1, 4])

@@ -26,6 +26,7 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 import time
 import typing
 import warnings
@@ -40,7 +41,7 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import UserError
-from diffusion_blocks import seed_of
+from diffusion_blocks import require, seed_of
 
 os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # fails with recurrent, torch 2.11
 
@@ -181,13 +182,7 @@ class Run:
         for name in ("threads", "log_every", "save_every"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
         require(not (self.resume and self.overwrite),
-                "resume goes on and overwrite trains anew", "both")
-
-
-def require(holds, rule, value):
-    """Raises ValueError that names the rule and the value that breaks it."""
-    if not holds:
-        raise ValueError(f"{rule}; got {value}")
+                "--resume goes on, --overwrite trains anew: type one of them", "both")
 
 
 @dataclass
@@ -572,7 +567,9 @@ def go_on(learner):
     """Take weights, running mean, moments, number of updates and log from the checkpoint, if there is one."""
     job = learner.job
     if not job.path.exists():
-        print(f"nothing to resume: there is no {job.path} yet, so it begins at update 0", flush=True)
+        other = settings_to_follow(job.path)
+        source = f", with the settings of {other.name}" if other else ""
+        print(f"nothing to resume: there is no {job.path} yet; it begins at update 0{source}", flush=True)
         return
     state = load(job.path, job.model)
     new = learner.settings()
@@ -593,6 +590,8 @@ def go_on(learner):
     if learner.average is not None:
         learner.average.load_state_dict(state["average"])
     learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": state["optimizer"]})
+    if learner.step == steps:
+        print(f"{job.path} has all its {steps} updates; a longer run is a new one: --steps N --overwrite", flush=True)
 
 
 def differences(old, new, ignore=()):
@@ -974,15 +973,17 @@ def parts_to_train(asked, values):
 
 def check_out(run, model, parts):
     """Raises UserError if a checkpoint would be replaced unasked, or nothing can be written."""
-    folder = Path(run.out) / model
     for part in parts:
-        path = folder / f"{part}.pt"
+        path = checkpoint_path(run.out, model, part)
         if path.exists() and not (run.resume or run.overwrite):
             raise UserError(f"{path} is there already: --resume goes on with it, --overwrite trains it anew, "
                             f"--out names another place")
-    probe = folder / f".{parts[0]}.{os.getpid()}"
-    save(probe, b"")
-    probe.unlink()
+    folder = path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise UserError(f"--out {run.out}: {folder} cannot be written ({e.strerror}); name another place") from None
 
 
 def train_parts(asked, values, run, training, data, device):
@@ -1030,9 +1031,13 @@ def main(argv):
         train_parts(asked, values, run, training, data, device)
 
 
-def out_of_memory(error):
-    """Whether an error says that memory, of a device or of the machine, was not enough."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+def without_memory(error):
+    """What to say of an error because memory, of a device or of the machine, was not enough; else ""."""
+    text = str(error)
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+        return ""
+    what = text.split("DefaultCPUAllocator: ")[-1].split(" GPU ")[0]
+    return f"not enough memory ({what}); to train, try --accumulate or --checkpoint-activations"
 
 
 if __name__ == "__main__":
@@ -1044,7 +1049,6 @@ if __name__ == "__main__":
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (RuntimeError, MemoryError) as e:
-        if not out_of_memory(e):
+        if not without_memory(e):
             raise
-        sys.exit(f"error: not enough memory ({str(e).split(' GPU ')[0].splitlines()[0]}); to train, try --accumulate "
-                 f"or --checkpoint-activations")
+        sys.exit(f"error: {without_memory(e)}")

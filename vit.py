@@ -18,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, decode_labels, edm_logits, ensemble,
-                              score_labels, score_loss, split_layers, target_table)
+                              require, score_labels, score_loss, split_layers, target_table)
 
 DATA = "images"  # the module of data/ that this model is trained on
 
@@ -45,13 +45,15 @@ class Config:
 
     def __post_init__(self):
         split_layers(self.n_layer, self.noise.n_blocks, self.layer_split)
-        if self.n_head < 1 or self.n_embd < 1 or self.n_embd % self.n_head or self.n_mlp < 1:
-            raise ValueError(f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}")
-        if self.n_cond < 2 or self.n_cond % 2 or self.readout not in ("bayes", "edm"):
-            raise ValueError("need an even n_cond and readout bayes or edm")
-        if self.patch_size < 1 or self.image_size % self.patch_size or not 0 <= self.dropout < 1:
-            raise ValueError(f"patch_size {self.patch_size} must divide the images' side {self.image_size}, "
-                             f"and dropout be at least 0 and below 1")
+        require(self.n_head >= 1, "n_head must be at least 1", self.n_head)
+        require(self.n_embd >= 1 and self.n_embd % self.n_head == 0,
+                f"n_embd must be a multiple of n_head {self.n_head}", self.n_embd)
+        require(self.n_mlp >= 1, "n_mlp must be at least 1", self.n_mlp)
+        require(self.n_cond >= 2 and self.n_cond % 2 == 0, "n_cond must be even and above 0", self.n_cond)
+        require(self.readout in ("bayes", "edm"), "readout must be bayes or edm", self.readout)
+        require(self.patch_size >= 1 and self.image_size % self.patch_size == 0,
+                f"patch_size must divide the images' side {self.image_size}", self.patch_size)
+        require(0 <= self.dropout < 1, "dropout must be at least 0 and below 1", self.dropout)
 
     def control(self):
         """The control has one block's worth of layers. If the blocks do no better, depth was not used."""
@@ -81,8 +83,9 @@ class Sampling:
     euler_steps: int = 0        # euler: noise levels visited for each image; 0: max(n_blocks + 1, 4)
 
     def __post_init__(self):
-        if self.n_images < 1 or self.temperature < 0 or self.sampler not in ("euler", "ensemble"):
-            raise ValueError("need n_images > 0, temperature of at least 0, sampler ensemble or euler")
+        require(self.n_images >= 1, "n_images must be at least 1", self.n_images)
+        require(self.temperature >= 0, "temperature must be at least 0", self.temperature)
+        require(self.sampler in ("ensemble", "euler"), "sampler must be ensemble or euler", self.sampler)
 
 
 # ---- The transformer layer --------------------------------------------------------------------------------
@@ -216,7 +219,7 @@ class Block(nn.Module):
 
     def logits(self, x, z, sigma):
         """Logits (B, V) of the label of images x (B, K, H, W) in [-1, 1], given z (B, C) and sigma (B,)."""
-        _, _, c_in, c_noise = self.noise.precondition(sigma)
+        c_in, c_noise = self.noise.input_scales(sigma)
         cond = self.noise_embedding(c_noise)                                 # (B, 1, n_cond)
         token = self.token + self.config.z_rate * self.z_in(c_in[:, None] * z)[:, None]      # (B, 1, C)
         h = torch.cat([token, self.embed(x)], dim=1)                         # (B, 1 + T, C)

@@ -68,7 +68,7 @@ class Block(EndToEnd):
 
     def denoise(self, x, z, sigma):
         """Logits (B, V) of the labels of x, given z (B, C) at sigma (B,)."""
-        _, _, c_in, c_noise = self.noise.precondition(sigma)
+        c_in, c_noise = self.noise.input_scales(sigma)
         prior = self.logits(x, self.z_in(c_in[:, None] * z) + self.level_in(c_noise[:, None]))   # (B, V)
         return bayes_logits(prior, z, sigma, self.table)
 
