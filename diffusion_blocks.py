@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 
 
 def require(holds, rule, value):
@@ -297,6 +298,30 @@ def edm_logits(f, z, sigma, table, noise, scale):
 def cross_entropy(logits, target):
     """Logits (..., V), target (...) -> (...) nats."""
     return F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view_as(target)
+
+
+# Logits of one chunk of tokens: 64 MB of float32, and three such tensors while they become gradients.
+# Measured on a CPU: more are slower, and so are fewer, since each chunk passes over the head's gradient.
+MAX_LOGITS = 2 ** 24
+
+
+def token_losses(readout, n_class, target, *columns):
+    """Cross-entropy (B, T), in nats, of tokens target (B, T). readout(*columns) -> logits (B, T, n_class),
+    for columns (B, T, C) or any piece of them along T.
+
+    For training: the logits of a large vocabulary would need more memory than all else. If they are more than
+    MAX_LOGITS, they are computed for a chunk of tokens at a time, and again in the backward pass."""
+    def nats(target, *columns):
+        return cross_entropy(readout(*columns), target)
+    n = max(1, MAX_LOGITS // (len(target) * n_class))  # tokens of each sequence in a chunk
+    if n >= target.shape[1]:
+        return nats(target, *columns)
+    losses, device = [], target.device.type
+    # no cache: chunks that share one bf16 copy of the head would add up their gradients in bf16
+    with torch.autocast(device, enabled=torch.is_autocast_enabled(device), cache_enabled=False):
+        for chunk in zip(*(column.split(n, dim=1) for column in (target, *columns))):
+            losses.append(recompute(nats, *chunk, use_reentrant=False, preserve_rng_state=False))  # (B, n)
+    return torch.cat(losses, dim=1)
 
 
 # ---- Sampling and likelihood: the blocks put together -----------------------------------------------------

@@ -13,13 +13,15 @@ level, so the clean keys and values are computed once for each token, and cached
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, decode_labels, edm_logits, ensemble,
-                              require, score_labels, score_loss, split_layers, target_table)
+                              require, score_labels, score_loss, split_layers, target_table,
+                              token_losses)
 
 DATA = "text"  # the module of data/ that this model is trained on
 
@@ -227,9 +229,9 @@ class Block(nn.Module):
         last = self.layers[-1]  # its output is not used: compute its keys and values only
         return out + [join(past[-1], last.attention.keys_values(last.norm1(h), start))]
 
-    def logits(self, x, z, sigma, context):
-        """Logits (B, T, V) of the next token in the slots of the last T clean tokens x (B, T), given z
-        (B, T, C) and sigma (B,)."""
+    def features(self, x, z, sigma, context):
+        """(B, T, C), what the head reads in the slots of the last T clean tokens x (B, T), given z (B, T, C)
+        and sigma (B,)."""
         c_in, c_noise = self.noise.input_scales(sigma)
         cond = self.noise_embedding(c_noise)                                 # (B, 1, n_cond)
         n, start = x.shape[1], context[0][0].shape[2] - x.shape[1]
@@ -241,17 +243,30 @@ class Block(nn.Module):
         for layer, kv in zip(self.layers, context):
             h, _ = layer(h, start, kv, mask, cond)                           # (B, T, C)
         shift, scale = self.modulation(cond).chunk(2, dim=-1)                # (B, 1, C) each
-        f = self.head(self.norm(h) * (1 + scale) + shift)                    # (B, T, V), or (B, T, C) for edm
+        return self.norm(h) * (1 + scale) + shift                            # (B, T, C)
+
+    def readout(self, h, z, sigma):
+        """Logits (B, T, V) of the next token, from features h and z, (B, T, C) each, and sigma (B,)."""
+        f = self.head(h)                                                     # (B, T, V), or (B, T, C) for edm
         if self.config.readout == "bayes":
             return bayes_logits(f, z, sigma, self.table)
         return edm_logits(f, z, sigma, self.table, self.noise, self.scale_weight)
+
+    def logits(self, x, z, sigma, context):
+        """Logits (B, T, V) of the next token in the slots of x: see `features`."""
+        return self.readout(self.features(x, z, sigma, context), z, sigma)
 
     def forward(self, batch):
         """The score loss in nats per token of this block alone; batch (B, T + 1) token ids."""
         x, target = batch[:, :-1], batch[:, 1:]                              # (B, T) each
         context = self.context(x)
-        return score_loss(lambda z, sigma: cross_entropy(self.logits(x, z, sigma, context), target).mean(1),
-                          self.table[target], self.noise, self.b)
+
+        def error(z, sigma):
+            h = self.features(x, z, sigma, context)                          # (B, T, C)
+            readout = partial(self.readout, sigma=sigma)
+            nats = token_losses(readout, self.config.vocab_size, target, h, z)               # (B, T)
+            return nats.mean(1)                                              # (B,)
+        return score_loss(error, self.table[target], self.noise, self.b)
 
 
 class EndToEnd(nn.Module):
@@ -267,19 +282,29 @@ class EndToEnd(nn.Module):
         init_weights(self)
         self.title = f"{config.n_layer} layers, trained end to end"
 
-    def logits(self, x, cache=None):
-        """Logits (B, T, V) of the token after each of x (B, T), and a cache of all tokens so far."""
+    def features(self, x, cache=None):
+        """(B, T, C), what the head reads at each of tokens x (B, T), and a cache of all tokens so far."""
         assert not cache or x.shape[1] == 1  # tokens added together would see each other's future
         start = cache[0][0].shape[2] if cache else 0
         h, out = self.embed(x), []                                           # (B, T, C)
         for layer, kv in zip(self.layers, cache or [None] * len(self.layers)):
             h, new = layer(h, start, kv)                                     # (B, T, C)
             out.append(join(kv, new))
-        return self.head(self.norm(h)).float(), out
+        return self.norm(h), out                                             # (B, T, C), pairs of all layers
+
+    def readout(self, h):
+        """Logits (B, T, V) of the next token from features h (B, T, C)."""
+        return self.head(h).float()
+
+    def logits(self, x, cache=None):
+        """Logits (B, T, V) of the token after each of x (B, T), and a cache of all tokens so far."""
+        h, out = self.features(x, cache)                                     # (B, T, C)
+        return self.readout(h), out
 
     def forward(self, batch):
         """The cross-entropy in nats per token; batch (B, T + 1) token ids."""
-        return cross_entropy(self.logits(batch[:, :-1])[0], batch[:, 1:]).mean()
+        h, _ = self.features(batch[:, :-1])                                  # (B, T, C)
+        return token_losses(self.readout, self.config.vocab_size, batch[:, 1:], h).mean()
 
 
 # ---- Generation and evaluation ----------------------------------------------------------------------------

@@ -13,13 +13,14 @@ slots before it, whose targets are tokens that it may know.
 import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, edm_logits, euler, require,
-                              score_labels, score_loss, target_table)
+                              score_labels, score_loss, target_table, token_losses)
 
 DATA = "text"  # the module of data/ that this model is trained on
 
@@ -236,25 +237,38 @@ class Block(Recurrent):
         nn.init.zeros_(self.adapter.weight[:, :config.n_embd])  # z enters at zero, as in gpt.py
         self.title = "all layers, a pass at a time, sigma {:.3g} to {:.3g}".format(*self.noise.interval(b))
 
-    def logits(self, e, z, sigma, start=0, past=None):
-        """Logits (B, T, V) of the next token in slots of e and z (B, T, C) at sigma (B,), after those of the
+    def features(self, e, z, sigma, start=0, past=None):
+        """(B, T, C), what the head reads in slots of e and z (B, T, C) at sigma (B,), after those of the
         past; and the slots' keys and values in core and coda."""
         c_in, c_noise = self.noise.input_scales(sigma)
         cond, n = self.noise_embedding(c_noise), self.config.n_core          # (B, 1, n_cond)
         h = torch.cat([self.config.z_rate * c_in[:, None, None] * z, e], dim=-1)             # (B, T, 2C)
         h, core = run(self.core, self.adapter(h).float(), start, past and past[:n], cond)
         h, coda = run(self.coda, self.norm(h), start, past and past[n:], cond)
-        h, new = self.norm(h), core + coda                                   # (B, T, C), pairs of all layers
+        return self.norm(h), core + coda                                     # (B, T, C), pairs of all layers
+
+    def readout(self, h, z, sigma):
+        """Logits (B, T, V) of the next token, from features h and z, (B, T, C) each, and sigma (B,)."""
         if self.config.readout == "edm":
-            return edm_logits(self.head(h), z, sigma, self.table, self.noise, self.scale_weight), new
-        return bayes_logits(F.linear(h, self.embed.weight), z, sigma, self.table), new
+            return edm_logits(self.head(h), z, sigma, self.table, self.noise, self.scale_weight)
+        return bayes_logits(F.linear(h, self.embed.weight), z, sigma, self.table)
+
+    def logits(self, e, z, sigma, start=0, past=None):
+        """Logits (B, T, V) of the next token in slots of e and z, and keys and values: see `features`."""
+        h, new = self.features(e, z, sigma, start, past)                     # (B, T, C)
+        return self.readout(h, z, sigma), new
 
     def forward(self, batch):
         """The score loss in nats per token, one pass through the network; batch (B, T + 1) token ids."""
         x, target = batch[:, :-1], batch[:, 1:]                              # (B, T) each
         e, _ = self.condition(x)                                             # (B, T, C)
-        return score_loss(lambda z, sigma: cross_entropy(self.logits(e, z, sigma)[0], target).mean(1),
-                          self.table[target], self.noise, self.b)
+
+        def error(z, sigma):
+            h, _ = self.features(e, z, sigma)                                # (B, T, C)
+            readout = partial(self.readout, sigma=sigma)
+            nats = token_losses(readout, self.config.vocab_size, target, h, z)               # (B, T)
+            return nats.mean(1)                                              # (B,)
+        return score_loss(error, self.table[target], self.noise, self.b)
 
 
 class EndToEnd(Recurrent):
@@ -277,8 +291,8 @@ class EndToEnd(Recurrent):
         rate = (self.config.mean_passes - 1) * math.exp(0.5 * torch.randn(()).item() - 0.125)
         return 1 + int(torch.poisson(torch.tensor(rate)).item())
 
-    def logits(self, x, n_passes=0):
-        """Logits (B, T, V) of the token after each of x (B, T). 0 passes: the mean number of them."""
+    def features(self, x, n_passes=0):
+        """(B, T, C), what the head reads at each of tokens x (B, T). 0 passes: the mean number of them."""
         n_passes, train = n_passes or self.config.mean_passes, torch.is_grad_enabled()
         e, _ = self.condition(x)                                             # (B, T, C)
         state = self.first_state(e)
@@ -286,12 +300,21 @@ class EndToEnd(Recurrent):
             with torch.set_grad_enabled(train and k >= n_passes - self.config.grad_passes):
                 state, _ = run(self.core, self.adapter(torch.cat([state, e], dim=-1)).float())  # (B, T, C)
         h, _ = run(self.coda, self.norm(state))                              # (B, T, C)
-        return F.linear(self.norm(h), self.embed.weight).float()
+        return self.norm(h)
+
+    def readout(self, h):
+        """Logits (B, T, V) of the next token from features h (B, T, C)."""
+        return F.linear(h, self.embed.weight).float()
+
+    def logits(self, x, n_passes=0):
+        """Logits (B, T, V) of the token after each of x (B, T). 0 passes: the mean number of them."""
+        return self.readout(self.features(x, n_passes))
 
     def forward(self, batch):
         """The cross-entropy in nats per token; batch (B, T + 1) token ids."""
         n_passes = self.draw_passes() if self.training else 0
-        return cross_entropy(self.logits(batch[:, :-1], n_passes), batch[:, 1:]).mean()
+        h = self.features(batch[:, :-1], n_passes)                           # (B, T, C)
+        return token_losses(self.readout, self.config.vocab_size, batch[:, 1:], h).mean()
 
 
 # ---- Generation and evaluation ----------------------------------------------------------------------------
