@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
+import diffusion_blocks
 import dit
 import gpt
 import mdm
@@ -41,7 +42,7 @@ import vit
 from data import UserError, augment, images, text
 from diffusion_blocks import (LogNormal, Masking, bayes_logits, bound_ends, bound_share, cross_entropy,
                               decode_labels, edm_logits, ensemble, euler, score_loss, split_layers,
-                              target_table)
+                              target_table, token_losses)
 
 HERE = Path(train.__file__).parent
 sys.path.append(str(HERE / "results"))
@@ -1513,3 +1514,104 @@ def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():
     white = white @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(white.T))).T   # mean 0, covariance 1
     a, b, mean = torch.tensor([1.0, 2, 3, 4]), torch.tensor([2.0, 2, 0.5, 1]), torch.tensor([1.0, 0, -2, 0])
     assert frechet_distance(white * a + mean, white * b) == pytest.approx((5 + (a - b).pow(2).sum()).item())
+
+
+# ---- Cross-entropy in chunks ------------------------------------------------------------------------------
+
+WORDS = 4096  # a vocabulary whose logits are most of what a tiny network makes
+# the baseline does not read Config.readout
+PARTS_AND_READOUTS = [("block_0", "bayes"), ("block_0", "edm"), ("end_to_end", "bayes")]
+
+
+class TensorSizes(TorchDispatchMode):
+    """Writes down how many numbers each tensor has that is made while it is active."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.sizes += [x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        return made
+
+
+def loss_and_gradients(module, part, readout, chunk, monkeypatch):
+    """Of six sequences of 16 tokens, with logits of at most `chunk` tokens of each at a time."""
+    monkeypatch.setattr(diffusion_blocks, "MAX_LOGITS", 6 * chunk * WORDS)
+    torch.manual_seed(0)
+    net = randomised(train.build(module, tiny(module, vocab_size=WORDS, readout=readout), part), .02)
+    tokens = torch.randint(WORDS, (6, 17))
+    loss = net(tokens)
+    loss.backward()
+    return loss.detach(), [p.grad for p in net.parameters()]
+
+
+@each(gpt, recurrent)
+@pytest.mark.parametrize("part, readout", PARTS_AND_READOUTS)
+def test_in_chunks_the_loss_and_its_gradients_are_the_same(module, part, readout, monkeypatch):
+    loss, gradients = loss_and_gradients(module, part, readout, 16, monkeypatch)
+    in_chunks = loss_and_gradients(module, part, readout, 7, monkeypatch)  # of 7, 7 and 2 tokens
+
+    assert torch.allclose(in_chunks[0], loss, rtol=1e-6, atol=0)
+    for found, expected in zip(in_chunks[1], gradients, strict=True):
+        assert expected.norm() > 0
+        assert (found - expected).norm() < 1e-6 * expected.norm()
+
+
+@each(gpt, recurrent)
+@pytest.mark.parametrize("part, readout", PARTS_AND_READOUTS)
+def test_in_chunks_the_logits_of_all_tokens_never_exist(module, part, readout, monkeypatch):
+    with TensorSizes() as at_once:
+        loss_and_gradients(module, part, readout, 16, monkeypatch)
+    with TensorSizes() as in_chunks:
+        loss_and_gradients(module, part, readout, 7, monkeypatch)
+
+    assert max(at_once.sizes) == 6 * 16 * WORDS
+    assert max(in_chunks.sizes) == 6 * 7 * WORDS                           # the head has 32 * WORDS
+
+
+@each(gpt, recurrent)
+@pytest.mark.parametrize("part, readout", PARTS_AND_READOUTS)
+def test_no_chunks_logits_are_kept_for_the_backward_pass(module, part, readout, monkeypatch):
+    kept = []
+
+    def keep(x):
+        kept.append(x.numel())
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss_and_gradients(module, part, readout, 7, monkeypatch)
+        assert max(kept) < 6 * 2 * WORDS                                   # the last chunk has 2 tokens
+        loss_and_gradients(module, part, readout, 16, monkeypatch)
+        assert max(kept) == 6 * 16 * WORDS
+
+
+@each(gpt, recurrent)
+@pytest.mark.parametrize("part", ["block_0", "end_to_end"])
+def test_few_logits_are_made_once_and_all_together(module, part, monkeypatch):
+    net, calls = train.build(module, tiny(module), part), []
+    real = net.readout
+
+    def readout(h, *args, **more):
+        calls.append(h.shape)
+        return real(h, *args, **more)
+    monkeypatch.setattr(net, "readout", readout)
+    net(TOKENS).backward()
+    assert calls == [(6, 16, 32)]
+
+
+def test_gradients_of_chunks_are_not_added_in_bf16(monkeypatch):
+    h, weight = torch.randn(8, 64, 32), .02 * torch.randn(500, 32)
+    target = torch.randint(500, (8, 64))
+
+    def gradient(chunk, bf16):
+        monkeypatch.setattr(diffusion_blocks, "MAX_LOGITS", 8 * chunk * 500)
+        head = weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = token_losses(lambda h: F.linear(h, head).float(), 500, target, h).mean()
+        loss.backward()
+        return head.grad
+    exact = gradient(64, bf16=False)
+    error_at_once = (gradient(64, bf16=True) - exact).norm()
+    error_in_chunks = (gradient(1, bf16=True) - exact).norm()
+    assert error_in_chunks < 1.5 * error_at_once
