@@ -1203,6 +1203,7 @@ def test_a_checkpoint_is_never_half_written(error, flags, tmp_path, monkeypatch)
     with pytest.raises(UserError, match="cannot write"):
         train.main([*common, "--resume"])
     assert path.read_bytes() == before
+    assert not list(path.parent.glob(".*.part"))               # a full disk is not made fuller
 
 
 class Code:
@@ -1275,7 +1276,12 @@ def test_a_loss_that_is_not_finite_ends_training_and_leaves_the_last_checkpoint(
     ("--block 0 --end-to-end", "not allowed with"), ("--block 0 --prompt a", "--prompt has no effect"),
     ("--sample --n-layer 4", "--n-layer has no effect"), ("--block 0 --lr 0", "lr must be above 0; got 0.0"),
     ("--block 0 --sampler x", "--sampler has no effect"), ("--block 0 --device cuda:7", "cannot be used"),
-    ("--eval", "train it: python train.py --model gpt --block 0")])
+    ("--eval", "train it: python train.py --model gpt --block 0"),
+    ("--block 0 --overwrite --resume", "type one of them"), ("--block 0 --threads -2", "threads must be at least 0; got -2"),
+    ("--block 0 --seed -1", "seed must be at least 0; got -1"), ("--block 0 --steps 0", "steps must be at least 1; got 0"),
+    ("--block 0 --steps 5 --epochs 2", "type one of them"), ("--eval --resume", "--resume has no effect"),
+    ("--block 0 --batch-size 9 --accumulate 2", "accumulate must divide batch_size 9; got 2"),
+    ("--block 0 --clip 2", "unknown flag --clip")])
 def test_a_bad_command_line_gets_one_clear_line(line, says, tmp_path):
     with pytest.raises((UserError, argparse.ArgumentError)) as error:
         train.main([*line.split(), "--out", str(tmp_path)])
@@ -1292,6 +1298,60 @@ def test_a_mistake_ends_with_code_1_and_one_line_and_a_closed_pipe_with_no_trace
     assert done.stdout.splitlines()[0] == "code 1" and "usage" in done.stdout
 
 
+def test_a_place_that_cannot_be_written_is_found_before_the_first_update(flags, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(train, "update", lambda learner, step: pytest.fail("it was trained"))
+    with pytest.raises(UserError, match=f"^--out {tmp_path}/file: .* cannot be written") as error:
+        train.main(flags("gpt", "--block=0", f"--out={tmp_path}/file"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_part_is_trained_with_the_settings_of_those_that_are_there(flags, tmp_path, capsys):
+    train.main(flags("gpt", "--block=1", "--weight-decay=.3", "--z-rate=.2", f"--out={tmp_path}/a b"))
+    capsys.readouterr()
+    with pytest.raises(UserError, match="there is no .*block_0.pt; train it: ") as error:
+        train.main(["--model=gpt", "--eval", f"--out={tmp_path}/a b"])
+    command = shlex.split(str(error.value).split("train it: ")[1])
+    assert command[:2] == ["python", "train.py"]
+    train.main(command[2:])                                    # --resume, where nothing is to be resumed, says so
+    assert "it begins at update 0, with the settings of block_1.pt" in capsys.readouterr().out
+    first, second = (train.load(tmp_path / f"a b/gpt/block_{b}.pt", "gpt") for b in range(2))
+    for settings in ("config", "training", "settings"):
+        assert first[settings] == second[settings]
+
+
+def test_a_run_with_a_constant_learning_rate_can_be_prolonged_and_no_other(flags, tmp_path, capsys):
+    common = flags("mdm", "--block=0", "--warmup=2", "--final-lr=1")
+    train.main([*common, "--steps=8", f"--out={tmp_path}/whole"])
+    train.main([*common, "--steps=4", f"--out={tmp_path}/two"])
+    resume = ["--model=mdm", "--block=0", "--resume"]
+    train.main([*resume, "--steps=8", f"--out={tmp_path}/two"])
+    assert weights(tmp_path / "whole/mdm/block_0.pt") == weights(tmp_path / "two/mdm/block_0.pt")
+    with pytest.raises(UserError, match="it has 8 already"):
+        train.main([*resume, "--steps=5", f"--out={tmp_path}/two"])
+    train.main(flags("mdm", "--block=0", f"--out={tmp_path}/cosine"))
+    with pytest.raises(UserError, match=r"steps \(4 -> 8\), on which its learning rates depend.*--final-lr 1"):
+        train.main([*resume, "--steps=8", f"--out={tmp_path}/cosine"])
+    capsys.readouterr()
+    train.main([*resume, f"--out={tmp_path}/cosine"])
+    assert "has all its 4 updates" in capsys.readouterr().out
+
+
+def test_a_preset_that_names_no_setting_is_refused(monkeypatch):
+    monkeypatch.setitem(gpt.PRESETS, "typo", dict(lerning_rate=.1))
+    with pytest.raises(UserError, match="the preset 'typo' names 'lerning_rate', which is no setting"):
+        train.main(["--model=gpt", "--preset=typo", "--block=0"])
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("[enforce fail at a.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 1 GiB"), MemoryError()])
+def test_too_little_memory_is_one_line_and_another_error_is_none(error):
+    assert train.without_memory(error).startswith("not enough memory (")
+    assert "enforce" not in train.without_memory(error) and "GPU 0" not in train.without_memory(error)
+    assert train.without_memory(RuntimeError("shapes do not match")) == ""
+
+
 def test_help_lists_every_flag_with_its_comment(capsys):
     with pytest.raises(SystemExit) as end:
         train.main(["--model=gpt", "--help"])
@@ -1302,6 +1362,9 @@ def test_help_lists_every_flag_with_its_comment(capsys):
         shown = name not in (*data.text.FACTS, *train.NO_FLAGS)
         assert bool(re.search(f"--{name.replace('_', '-')}[ ,]", text)) == shown
     assert end.value.code == 0 and "--warmup WARMUP updates of linear warm-up" in text
+    # what people type comes first
+    for flag in ("--data DATA", "--steps STEPS", "--out OUT", "--n-blocks N_BLOCKS", "--resume,"):
+        assert text.index(flag) < text.index("--warmup WARMUP")
 
 
 def test_the_model_of_ones_own_trains_scores_and_tells_its_mistakes_in_one_line(tmp_path, monkeypatch):
@@ -1309,7 +1372,9 @@ def test_the_model_of_ones_own_trains_scores_and_tells_its_mistakes_in_one_line(
     code = code.replace("        super().__init__(r", """        if config.own < 0:
             raise ValueError("own must not be negative")
         super().__init__(r""")                                              # a field needs no comment
-    (tmp_path / "own.py").write_text(code)
+    (tmp_path / "own.py").write_text("from __future__ import annotations\n" + code)
+    (tmp_path / "maybe.py").write_text(code.replace("own: int = 3", "own: float | None = None"))
+    (tmp_path / "needs.py").write_text(code.replace("own: int = 3", "own: int"))
     (tmp_path / "lacks.py").write_text(code.replace("PRESETS", "P"))
     monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
     monkeypatch.syspath_prepend(tmp_path)
@@ -1321,6 +1386,8 @@ def test_the_model_of_ones_own_trains_scores_and_tells_its_mistakes_in_one_line(
     assert len(rows) == 3 and all(row["accuracy, %"] > 80 for row in rows.values())
     for line, says in (("--model=lacks --block=0", "lacks.py lacks PRESETS"),
                        ("--sample", "own.py lacks sample"),
+                       ("--model=maybe --block=0", r"Config.own has the type .*float . None.*; a flag can be .*"),
+                       ("--model=needs --block=0", r"every field of Config needs a default \(.*own.*\)"),
                        ("--block=0 --own=-1 --overwrite", "own must not be negative")):
         with pytest.raises(UserError, match=f"^{says}$"):
             train.main([*common, *line.split()])
