@@ -1,5 +1,20 @@
 """Data is prepared on first use: text.py and images.py turn what --data names into memory-mapped arrays in a
-folder beside this file, and read batches from those alone. This file holds what both need."""
+folder beside this file, and read batches from those alone. This file holds what both need.
+
+A module of data/ has
+    FACTS       names of fields of a model's Config that the data decides, such as vocab_size
+    Settings    a dataclass, whose fields become flags; `data` is what --data names
+    Data        Data(settings, device, seed), with
+        settings, about       the Settings; facts for the checkpoint, among them "fingerprint" of the content
+        facts                 {name: value} for FACTS
+        describe()            a line of text
+        length(config)        examples in an epoch
+        batch(n, config, index)   batch number `index` of n examples, on the device: a tensor, or a tuple of
+                              tensors with n rows each. train.py seeds torch's random numbers before each call.
+                              text: places are drawn from that seed, and `index` is not looked at. images: the
+                              examples follow from (seed, index) alone, and only augmentation is drawn.
+        held_out(n, config)   at most n examples (images: 0 are all) that are never trained on, always the same
+"""
 import contextlib
 import hashlib
 import json

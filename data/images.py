@@ -137,7 +137,8 @@ class Data:
 
     def batch(self, n, config, index):
         """Images (n, C, H, W) and labels (n,): places index * n onwards in an endless row of epochs, each the
-        whole training set in an order that (seed, epoch) alone decides; augmented."""
+        whole training set in an order that (seed, epoch) alone decides. Only the augmentation is drawn from
+        torch's CPU random stream."""
         size = self.length(config)
         epochs, places = np.divmod(np.arange(index * n, (index + 1) * n), size)
         rows = torch.cat([shuffled(size, self.seed, f"epoch {epoch}")[places[epochs == epoch]]

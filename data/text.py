@@ -138,7 +138,8 @@ class Data:
         return to_device(torch.from_numpy(rows.astype(np.int64)), self.device)
 
     def batch(self, n, config, index):
-        """(n, T + 1) windows of the training text at places from torch's CPU random stream."""
+        """(n, T + 1) windows of the training text, at places drawn from torch's CPU random stream. `index` is
+        not looked at: the seed that train.py sets before a batch is another for each."""
         high = max(1, self.about["train"] - config.seq_len)
         return self.windows("train", torch.randint(high, (n,)).tolist(), config)
 
