@@ -958,7 +958,7 @@ def recording_gpu(monkeypatch):
     def make_graph():
         graphs.append(PretendGraph())
         return graphs[-1]
-    monkeypatch.setattr(train, "EXAMPLES_AT_ONCE", 16)  # four batches: nine updates need three draws
+    monkeypatch.setattr(train, "EXAMPLES_PER_CHUNK", 16)  # four batches: nine updates need three draws
     monkeypatch.setattr(PretendGPU, "wait", lambda self, what: None)  # replayed updates are not counted
     monkeypatch.setattr(torch.cuda, "CUDAGraph", make_graph)
     monkeypatch.setattr(torch.cuda, "graph", pretend_recording)
@@ -1300,7 +1300,7 @@ def test_a_mistake_ends_with_code_1_and_one_line_and_a_closed_pipe_with_no_trace
 
 def test_a_place_that_cannot_be_written_is_found_before_the_first_update(flags, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setattr(train, "update", lambda learner, step: pytest.fail("it was trained"))
+    monkeypatch.setattr(train, "update", lambda learner: pytest.fail("it was trained"))
     with pytest.raises(UserError, match=f"^--out {tmp_path}/file: .* cannot be written") as error:
         train.main(flags("gpt", "--block=0", f"--out={tmp_path}/file"))
     assert "\n" not in str(error.value)
@@ -1330,7 +1330,7 @@ def test_a_run_with_a_constant_learning_rate_can_be_prolonged_and_no_other(flags
     with pytest.raises(UserError, match="it has 8 already"):
         train.main([*resume, "--steps=5", f"--out={tmp_path}/two"])
     train.main(flags("mdm", "--block=0", f"--out={tmp_path}/cosine"))
-    with pytest.raises(UserError, match=r"steps \(4 -> 8\), on which its learning rates depend.*--final-lr 1"):
+    with pytest.raises(UserError, match=r"steps \(4 -> 8\), on which its learning rates depend .*--final-lr 1"):
         train.main([*resume, "--steps=8", f"--out={tmp_path}/cosine"])
     capsys.readouterr()
     train.main([*resume, f"--out={tmp_path}/cosine"])
@@ -1355,7 +1355,7 @@ def test_too_little_memory_is_one_line_and_another_error_is_none(error):
 def test_help_lists_every_flag_with_its_comment(capsys):
     with pytest.raises(SystemExit) as end:
         train.main(["--model=gpt", "--help"])
-    text, names = " ".join(capsys.readouterr().out.split()), {"model", "preset", *train.ACTIONS}
+    text, names = " ".join(capsys.readouterr().out.split()), {"model", "preset", *train.NO_SETTINGS}
     for settings in (train.Training(), train.Run(), data.text.Settings(), gpt.Config(), gpt.Sampling()):
         names |= set(train.flat(settings))
     for name in names:

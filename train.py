@@ -48,20 +48,20 @@ os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # fails with re
 
 # ---- Training: an update, and the loop around it ----------------------------------------------------------
 
-def update(learner, step):
-    """Update number `step` of a part: draw a batch, forward, backward, clip, AdamW's step, running mean.
+def update(learner):
+    """The next update of a part: draw a batch, forward, backward, clip, AdamW's step, running mean.
 
-    The seed of all that is random in it is a function of (seed, part, update, piece): see `draw`. So an update
-    is the same in whatever process, order or number of runs, and a checkpoint holds no generator's state."""
-    training = learner.job.training
+    What is random in it is a function of (seed, part, update, piece): see `draw`. So an update is the same in
+    whatever process, order or number of runs, and a checkpoint holds no generator's state."""
+    training, step = learner.job.training, learner.step
     set_lr(learner.optimizer, lr_at(step, training))
     if learner.recorded is not None:
-        # on CUDA: what the branch below does, replayed as one launch
-        learner.recorded(draw(learner, step))
+        # on CUDA: what the other branch does, replayed as one launch
+        learner.recorded(draw(learner, step))  # `forward_backward` and `clip_and_step`
     else:
         for piece in learner.pieces:  # of the batch: usually one, all of it
             batch = draw(learner, step * training.accumulate + piece)
-            if learner.job.size > 1:
+            if learner.job.world_size > 1:
                 # processes that share a batch exchange gradients once, with their last piece
                 learner.network.require_backward_grad_sync = piece == learner.pieces[-1]
             forward_backward(learner, batch)
@@ -70,6 +70,8 @@ def update(learner, step):
         decay = min(training.ema, (2 + step) / (11 + step))  # the first updates are forgotten sooner
         weights = [p.data for p in learner.net.parameters()]
         torch._foreach_lerp_(list(learner.average.parameters()), weights, 1 - decay)
+    learner.step += 1
+    learner.since_log += 1
 
 
 def forward_backward(learner, batch):
@@ -92,14 +94,13 @@ def train(job):
     steps, run = job.training.steps, job.run
     learner = Learner(job)
     if run.resume:
-        go_on(learner)
+        load_checkpoint(learner)
+    # in 4 pieces, so that it needs no more memory than training does
     held_out = job.data.held_out(4 * learner.piece_size, job.config)
     print(learner.describe(), flush=True)
     first, began = learner.step, time.time()
     while learner.step < steps:
-        update(learner, learner.step)
-        learner.step += 1
-        learner.since_log += 1
+        update(learner)
         signal_number = asked_to_stop(job)
         last = learner.step == steps or signal_number > 0
         logs = last or is_due(learner.step, run.log_every)
@@ -109,13 +110,20 @@ def train(job):
             refuse_infinite(learner)
         if logs and job.rank == 0:
             ms = 1000 * (time.time() - began) / (learner.step - first)
-            write_log(learner, held_out, ms)
+            write_log(learner, next_row(learner, held_out, ms))
         if saves and job.rank == 0:
             save(job.path, learner.state())
         if signal_number > 0 and learner.step < steps:
             if job.rank == 0:
-                print(f"{job.path} holds update {learner.step} of {steps}; go on: the same command with --resume")
+                print(how_to_go_on(job, learner.step))
             sys.exit(128 + signal_number)
+
+
+def how_to_go_on(job, step):
+    line = f"{job.path} holds update {step} of {job.training.steps}; go on: the same command with --resume"
+    if job.run.overwrite:
+        line += " in the place of --overwrite"
+    return line
 
 
 def is_due(step, every):
@@ -197,7 +205,7 @@ class Job:
     data: object            # Data of a module of data/
     device: torch.device    # with its index
     rank: int = 0           # of this process, among those that share each batch of this part
-    size: int = 1           # how many these are
+    world_size: int = 1     # how many these are
 
     @property
     def path(self):
@@ -211,7 +219,9 @@ class Learner:
 
     def __init__(self, job):
         training = job.training
-        self.job, self.step, self.log = job, 0, []
+        self.job = job
+        self.step = 0   # updates made
+        self.log = []   # a row for each log line
         torch.manual_seed(seed_of(training.seed, f"{job.part} weights"))
         self.net = build(job.module, job.config, job.part).to(job.device).train()
         self.average = None
@@ -219,18 +229,19 @@ class Learner:
             self.average = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.optimizer = make_optimizer(self.net, training, job.device)
         prepare_layers(self.net, training, job.run)
-        self.network = self.net
-        if job.size > 1:
+        self.network = self.net  # what is called: it also exchanges the gradients of several processes
+        if job.world_size > 1:
             self.network = nn.parallel.DistributedDataParallel(self.net, broadcast_buffers=False)
 
         self.seed = seed_of(training.seed, job.part)
-        self.pieces = range(job.rank, training.accumulate, job.size)
+        self.pieces = range(job.rank, training.accumulate, job.world_size)  # of each batch, in this process
         self.piece_size = training.batch_size // training.accumulate
-        self.n_drawn, self.drawn_index, self.drawn = batches_at_once(job, self.piece_size), None, None
+        self.batches_per_chunk = batches_per_chunk(job, self.piece_size)
+        self.chunk, self.chunk_index = None, None  # the chunk of batches drawn last
 
         self.loss_sum = torch.zeros((), device=job.device)  # of the updates since the last log line
         self.norm_sum = torch.zeros((), device=job.device)
-        self.since_log = 0
+        self.since_log = 0  # their number
         self.recorded = Recorded(self.forward_backward_step) if can_be_recorded(job) else None
 
     def forward_backward_step(self, batch):
@@ -244,8 +255,8 @@ class Learner:
     def describe(self):
         """The line that is printed when training begins."""
         job, count = self.job, sum(p.numel() for p in self.net.parameters())
-        title = getattr(self.net, "title", "own")
-        return (f"{job.model} {job.part.replace('_', ' ')}: {title}; {count:,} parameters, "
+        title = f"{self.net.title}; " if hasattr(self.net, "title") else ""
+        return (f"{job.model} {job.part.replace('_', ' ')}: {title}{count:,} parameters, "
                 f"{16 * count / 1e6:.1f} MB of weights, gradients and moments; "
                 f"update {self.step} of {job.training.steps}; to {job.path}")
 
@@ -310,32 +321,38 @@ def prepare_layers(net, training, run):
 
 # ---- Batches ----------------------------------------------------------------------------------------------
 
+# Where random numbers come from. Each seed is torch.manual_seed's, so that CPU and GPU draw alike each time:
+#   weights        (seed, part)                     Learner
+#   a batch        (seed, part, update, piece)      draw: places of texts, augmentation, noise, dropout
+#                  on CUDA places and augmentation are drawn for a chunk of updates: (seed, part, chunk)
+#   images         (seed, epoch)                    data/images.py: their order, the same for all parts
+#   validation     always 0                         validate
+#   --eval, --sample   (seed, "eval") and (seed, "sample")
+
 def draw(learner, index):
-    """Batch number `index` of a part, on the device. Seeds torch's random numbers for all that follows.
-
-    On CUDA, examples for many updates are drawn and augmented at once, which takes hardly longer than for one.
-    They are a function of (seed, number of the chunk), so that a run can go on within a chunk."""
-    job, many, size = learner.job, learner.n_drawn, learner.piece_size
-    chunk, place = divmod(index, many)
-    if many == 1:
+    """Batch number `index` of a part, on the device. Seeds torch's random numbers for the network's draws."""
+    job, size, n = learner.job, learner.piece_size, learner.batches_per_chunk
+    if n == 1:
         torch.manual_seed(learner.seed + index)
-        return job.data.batch(size, job.config, index)
-    if learner.drawn_index != chunk:
-        torch.manual_seed(learner.seed + chunk * many)
-        learner.drawn = job.data.batch(many * size, job.config, chunk)
-        learner.drawn_index = chunk
-    torch.manual_seed(learner.seed + index)  # what the network draws is of this update
-    return rows(learner.drawn, place * size, (place + 1) * size)
+        return job.data.batch(size, job.config, index)  # the network goes on drawing from this seed
+    chunk_index, place = divmod(index, n)
+    if learner.chunk_index != chunk_index:
+        torch.manual_seed(seed_of(learner.seed, f"chunk {chunk_index}"))
+        learner.chunk = None  # not two of them in memory
+        learner.chunk = job.data.batch(n * size, job.config, chunk_index)
+        learner.chunk_index = chunk_index
+    torch.manual_seed(learner.seed + index)
+    return rows(learner.chunk, place * size, (place + 1) * size)
 
 
-EXAMPLES_AT_ONCE = 2048  # augmenting them takes a GPU hardly longer than 128: it waits for the launches
+EXAMPLES_PER_CHUNK = 2048  # a GPU augments 2,048 images about as fast as 128: it waits for the launches
 
 
-def batches_at_once(job, piece_size):
-    """How many batches `draw` draws at once: one on a CPU, and where processes or pieces share a batch."""
+def batches_per_chunk(job, piece_size):
+    """How many batches are drawn at once: one on a CPU, and where processes or pieces share a batch."""
     if job.device.type != "cuda" or job.training.accumulate > 1:
         return 1
-    return max(1, EXAMPLES_AT_ONCE // piece_size)
+    return max(1, EXAMPLES_PER_CHUNK // piece_size)
 
 
 def tensors(batch):
@@ -355,7 +372,7 @@ def rows(batch, start, stop):
 def can_be_recorded(job):
     """Whether an update may be recorded. Ranks, pieces and recomputed layers run unrecorded."""
     return (job.device.type == "cuda" and job.training.compile == "on" and job.training.accumulate == 1
-            and job.size == 1 and not job.run.checkpoint_activations)
+            and job.world_size == 1 and not job.run.checkpoint_activations)
 
 
 class Recorded:
@@ -434,25 +451,30 @@ def refuse_infinite(learner):
                         f"checkpoint saved before is untouched; try a lower --lr")
 
 
-def write_log(learner, held_out, ms):
-    """Print a line, and add it to the file beside the checkpoint. ms: milliseconds of an update."""
-    job, step, steps = learner.job, learner.step, learner.job.training.steps
-    loss = float(learner.loss_sum) / learner.since_log
-    lr = lr_at(step - 1, job.training)
-    with learner.autocast():
-        net = learner.net if learner.average is None else learner.average
-        val_loss = validate(net, held_out)
-    line = f"{job.part.replace('_', ' ')} | step {step}/{steps} | loss {loss:.4f} | val {val_loss:.4f}"
-    line += f" | lr {lr:.1e} | {ms:.0f} ms/step"
-    if job.device.type == "cuda":
-        line += f" | {torch.cuda.max_memory_allocated(job.device) / 1e6:.0f} MB"
-    print(f"{line} | {(steps - step) * ms / 60_000:.1f} min left", flush=True)
-    learner.log.append({"step": step, "loss": loss, "val_loss": val_loss, "lr": lr, "ms": ms})
-    lines = [json.dumps(row) + "\n" for row in learner.log]
-    save(job.path.with_suffix(".jsonl"), "".join(lines).encode())
-    learner.since_log = 0
+def next_row(learner, held_out, ms):
+    """The next row of the log: means since the row before. ms: milliseconds an update, all work included."""
+    loss = float(learner.loss_sum) / learner.since_log  # of several ranks: of this one's pieces
     learner.loss_sum.zero_()
     learner.norm_sum.zero_()
+    learner.since_log = 0
+    net = learner.net if learner.average is None else learner.average
+    with learner.autocast():
+        val_loss = validate(net, held_out)
+    lr = lr_at(learner.step - 1, learner.job.training)
+    return {"step": learner.step, "loss": loss, "val_loss": val_loss, "lr": lr, "ms": ms}
+
+
+def write_log(learner, row):
+    """Print a row, and add it to the file beside the checkpoint."""
+    job, step, steps = learner.job, row["step"], learner.job.training.steps
+    line = f"{job.part.replace('_', ' ')} | step {step}/{steps}"
+    line += f" | loss {row['loss']:.4f} | val {row['val_loss']:.4f} | lr {row['lr']:.1e} | {row['ms']:.0f} ms/step"
+    if job.device.type == "cuda":
+        line += f" | {torch.cuda.max_memory_allocated(job.device) / 1e6:.0f} MB"
+    print(f"{line} | {(steps - step) * row['ms'] / 60_000:.1f} min left", flush=True)
+    learner.log.append(row)
+    lines = [json.dumps(row) + "\n" for row in learner.log]
+    save(job.path.with_suffix(".jsonl"), "".join(lines).encode())
 
 
 @torch.no_grad()
@@ -488,6 +510,7 @@ def stopping_by_signal():
     try:
         yield
     finally:
+        STOP.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -495,7 +518,7 @@ def stopping_by_signal():
 def asked_to_stop(job):
     """The number of a signal that came to any process of this part, or 0. All of them get the same answer."""
     number = STOP[0] if STOP else 0
-    if job.size == 1:
+    if job.world_size == 1:
         return number
     numbers = torch.tensor([number])  # on the CPU: nothing waits for the device
     dist.all_reduce(numbers, dist.ReduceOp.MAX)
@@ -503,6 +526,10 @@ def asked_to_stop(job):
 
 
 # ---- Checkpoints ------------------------------------------------------------------------------------------
+
+CHECKPOINT = ("model", "part", "config", "training", "settings", "data", "torch",  # what decides the weights
+              "step", "log", "net", "optimizer", "average")
+
 
 def checkpoint_path(out, model, part):
     return Path(out) / model / f"{part}.pt"
@@ -535,11 +562,13 @@ def load(path, model):
         if zipfile.ZipFile(path).testzip():  # torch.load does not compare the checksums
             raise ValueError("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        lacks = {"model", "part", "config", "training", "settings", "data", "net", "average"} - set(state)
+        lacks = set(CHECKPOINT) - set(state)
         if lacks:
             raise ValueError(f"it lacks {', '.join(sorted(lacks))}")
         if (state["model"], state["part"]) != (model, path.stem):
             raise ValueError(f"it holds {state['part']} of {state['model']}")
+    except (PermissionError, MemoryError, torch.OutOfMemoryError):
+        raise  # the file may be whole
     except Exception as e:
         raise UserError(f"{path} is damaged, or not of this model and code ({type(e).__name__}: "
                         f"{str(e)[:80]!r}); train it again") from None
@@ -563,8 +592,10 @@ def settings_to_follow(path):
     return None
 
 
-def go_on(learner):
-    """Take weights, running mean, moments, number of updates and log from the checkpoint, if there is one."""
+def load_checkpoint(learner):
+    """Take weights, running mean, moments, number of updates and log from the checkpoint, if there is one.
+
+    Its settings are here already: `values_of` took them from the same file."""
     job = learner.job
     if not job.path.exists():
         other = settings_to_follow(job.path)
@@ -574,17 +605,18 @@ def go_on(learner):
     state = load(job.path, job.model)
     new = learner.settings()
     wrong = [difference for section in ("config", "training", "settings")
-             for difference in differences(state[section], new[section], ignore=("data", "steps", "epochs"))]
+             for difference in differences(state[section], new[section], 
+                                            ignore=("data", "steps", "epochs", "compile"))]
     if state["data"]["fingerprint"] != new["data"]["fingerprint"]:
         wrong.append("the data's content")
     steps, before = job.training.steps, state["training"]["steps"]
     if steps != before and job.training.final_lr != 1:
-        wrong.append(f"steps ({before} -> {steps}), on which its learning rates depend; a longer run is a new "
-                     f"one: --overwrite; one that may go on later needs --final-lr 1")
+        wrong.append(f"steps ({before} -> {steps}), on which its learning rates depend (but with --final-lr 1)")
     if steps < state["step"]:
         wrong.append(f"steps ({steps}; it has {state['step']} already)")
     if wrong:
-        raise UserError(f"{job.path} was trained with other settings: {', '.join(wrong)}")
+        raise UserError(f"{job.path} was trained with other settings: {', '.join(wrong)}; leave those flags out, "
+                        f"or train anew with --overwrite")
     learner.step, learner.log = state["step"], state["log"]
     learner.net.load_state_dict(state["net"])
     if learner.average is not None:
@@ -617,13 +649,13 @@ def trained(module, model, part, out, device, like=None):
 
 def assemble(module, model, out, device):
     """The trained blocks, a list, and block 0's checkpoint, with the fewest updates of any block."""
-    first = load(checkpoint_path(out, model, "block_0"), model)
-    blocks, steps = [], []
-    for b in range(first["config"]["n_blocks"]):
-        net, state = trained(module, model, f"block_{b}", out, device, first)
+    block_0 = load(checkpoint_path(out, model, "block_0"), model)
+    blocks, updates = [], []
+    for b in range(block_0["config"]["n_blocks"]):
+        net, state = trained(module, model, f"block_{b}", out, device, block_0)
         blocks.append(net)
-        steps.append(state["step"])
-    return blocks, {**first, "step": min(steps)}
+        updates.append(state["step"])
+    return blocks, {**block_0, "step": min(updates)}
 
 
 # ---- Evaluation and sampling ------------------------------------------------------------------------------
@@ -657,9 +689,9 @@ def evaluate(module, model, run, data, device):
 
 def print_tables(tables):
     """A line with the first column of the first table, then all tables {title: {row: {column: value}}}."""
-    first = next(iter(tables.values()))
-    unit = next(iter(next(iter(first.values()))))
-    verdict = [f"{name} {row[unit]:.4g}" for name, row in first.items() if unit in row]
+    main_table = next(iter(tables.values()))
+    unit = next(iter(next(iter(main_table.values()))))
+    verdict = [f"{name} {row[unit]:.4g}" for name, row in main_table.items() if unit in row]
     print(", ".join([*verdict, unit]))
     for title, table in tables.items():
         print(f"\n{title}")
@@ -719,7 +751,7 @@ def connect(part, rank, size, device):
 # ---- The command line: what was asked for -----------------------------------------------------------------
 
 CONTRACT = ("DATA", "Config", "PRESETS", "Sampling", "Block", "EndToEnd")  # of a model file
-ACTIONS = ("model", "preset", "block", "end_to_end", "control", "eval", "sample")  # flags, but no settings
+NO_SETTINGS = ("model", "preset", "block", "end_to_end", "control", "eval", "sample")  # flags that are none
 # the flags that people type, first in --help
 OFTEN = ("data", "steps", "epochs", "batch_size", "lr", "seed", "n_layer", "n_blocks", "n_embd", "out", "resume",
          "overwrite", "device")
@@ -741,25 +773,25 @@ class Asked:
 
 def parse(argv):
     """The Asked of a command line. Raises UserError or argparse.ArgumentError."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--model", default="gpt", help="vit, dit, gpt, mdm, recurrent, or your NAME.py's NAME")
-    first.add_argument("--preset", default="default", help="a set of values that the model file names")
-    known, _ = first.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    before.add_argument("--model", default="gpt", help="vit, dit, gpt, mdm, recurrent, or your NAME.py's NAME")
+    before.add_argument("--preset", default="default", help="a set of values that the model file names")
+    known, _ = before.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     module = import_model(known.model)
     source = importlib.import_module(f"data.{module.DATA}")
     preset = preset_of(known.model, module, source, known.preset)
 
     parser = argparse.ArgumentParser(
         usage="python train.py --model NAME (--block N | --block all | --end-to-end | --control | --eval | "
-              "--sample) [flags]", description=__doc__, parents=[first], allow_abbrev=False,
+              "--sample) [flags]", description=__doc__, parents=[before], allow_abbrev=False,
         exit_on_error=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    part = parser.add_mutually_exclusive_group()
-    part.add_argument("--block", metavar="N|all", help="train block N alone, or every block in turn")
-    part.add_argument("--end-to-end", action="store_true", help="train (with --sample: sample) the baseline")
-    part.add_argument("--control", action="store_true", help="the same with the control: one block's layers")
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument("--eval", action="store_true", help="score the blocks beside baseline and control")
-    action.add_argument("--sample", action="store_true", help="generate from the blocks, baseline or control")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--block", metavar="N|all", help="train block N alone, or every block in turn")
+    parts.add_argument("--end-to-end", action="store_true", help="train (with --sample: sample) the baseline")
+    parts.add_argument("--control", action="store_true", help="the same with the control: one block's layers")
+    actions = parser.add_mutually_exclusive_group()
+    actions.add_argument("--eval", action="store_true", help="score the blocks beside baseline and control")
+    actions.add_argument("--sample", action="store_true", help="generate from the blocks, baseline or control")
     often = parser.add_argument_group("often used")
     for title, cls in (("training", Training), ("run", Run), ("data", source.Settings),
                        (f"model {known.model}", module.Config), ("sampling", module.Sampling)):
@@ -772,9 +804,10 @@ def parse(argv):
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"unknown flag {unknown[0]}{hint}")
     action, part = what_was_asked(typed)
-    if action != "train" and not hasattr(module, {"eval": "evaluate"}.get(action, action)):
-        raise UserError(f"{known.model}.py lacks {'evaluate' if action == 'eval' else 'sample'}")
-    settings = {name: value for name, value in vars(typed).items() if name not in ACTIONS}
+    needs = {"train": "Block", "eval": "evaluate", "sample": "sample"}[action]
+    if not hasattr(module, needs):
+        raise UserError(f"{known.model}.py lacks {needs}")
+    settings = {name: value for name, value in vars(typed).items() if name not in NO_SETTINGS}
     return Asked(action, part, known.model, module, source, preset, settings)
 
 
@@ -804,20 +837,24 @@ def preset_of(model, module, source, name):
 
 def what_was_asked(typed):
     """(action, part) of the flags typed. Raises UserError if they are too few or do not go together."""
-    action = "eval" if typed.eval else "sample" if typed.sample else "train"
     part = "blocks"
     if typed.end_to_end:
         part = "end_to_end"
     elif typed.control:
         part = "control"
-    elif typed.block is not None and typed.block != "all":
+    elif typed.block not in (None, "all"):
         part = f"block_{typed.block}"
-    nothing = typed.block is None and not (typed.end_to_end or typed.control)
-    if action == "train" and nothing or action != "train" and typed.block is not None \
-            or action == "eval" and not nothing:
-        raise UserError("say what to do: --block N, --block all, --end-to-end, --control, --eval or --sample "
-                        "(or the last with --end-to-end or --control)")
-    return action, part
+    if typed.eval:
+        if typed.block or part != "blocks":
+            raise UserError("say what to do: --eval scores all parts; drop --block, --end-to-end or --control")
+        return "eval", part
+    if typed.sample:
+        if typed.block:
+            raise UserError("say what to do: --sample asks all blocks; drop --block")
+        return "sample", part
+    if part == "blocks" and typed.block is None:
+        raise UserError("say what to do: --block N, --block all, --end-to-end, --control, --eval or --sample")
+    return "train", part
 
 
 # ---- Settings: a flag for each field of Training, Run, the data's Settings, the model's Config and Sampling
@@ -986,29 +1023,33 @@ def check_out(run, model, parts):
         raise UserError(f"--out {run.out}: {folder} cannot be written ({e.strerror}); name another place") from None
 
 
-def train_parts(asked, values, run, training, data, device):
-    """Train what was asked for, as the rank that this process is."""
+def train_parts(asked, parts, values, run, training, data, device):
+    """Train the parts, or those of them that this process is there for."""
     rank, n_ranks, _ = torchrun_ranks()
-    parts, part_rank, size = assign(parts_to_train(asked, values), rank, n_ranks)
+    parts, part_rank, world_size = assign(parts, rank, n_ranks)
     check_out(run, asked.model, parts)
     config = replaced(asked.module.Config(), {**values, **data.facts})
     if training.epochs > 0:
         steps = math.ceil(training.epochs * data.length(config) / training.batch_size)
-        training = replace(training, steps=steps)
-    if size > 1:
+        training = replace(training, steps=max(1, steps))
+    if world_size > 1:
         # each rank gets as many pieces as any other
-        pieces = math.ceil(training.accumulate / size) * size
-        training = replaced(training, {"accumulate": pieces})
-        connect(parts[0], part_rank, size, device)
+        pieces = math.ceil(training.accumulate / world_size) * world_size
+        if training.batch_size % pieces:
+            raise UserError(f"{world_size} processes cannot share a batch of {training.batch_size} evenly, in "
+                            f"{pieces} pieces; choose another --batch-size, --accumulate or number of processes")
+        training = replace(training, accumulate=pieces)
+        connect(parts[0], part_rank, world_size, device)
     if rank == 0:
         print(f"data: {data.describe()}; {device}, {torch.get_num_threads()} threads", flush=True)
     try:
         with stopping_by_signal():
             for part in parts:
-                train(Job(asked.model, asked.module, part, config, training, run, data, device, part_rank, size))
-                gc.collect()  # a wrapped layer refers to itself
+                train(Job(asked.model, asked.module, part, config, training, run, data, device, part_rank,
+                          world_size))
+                gc.collect()  # compiled layers form reference cycles; free them before the next part
     finally:
-        if size > 1:
+        if world_size > 1:
             dist.destroy_process_group()
 
 
@@ -1017,18 +1058,21 @@ def main(argv):
     values = values_of(asked)
     run = replaced(Run(), values)
     training = replaced(Training(), values)
+    _, n_ranks, local_rank = torchrun_ranks()
     if asked.action == "train":
-        parts_to_train(asked, values)  # a mistake is told before the data is prepared
-    device, training = set_up(run, training, torchrun_ranks()[2])
+        parts = parts_to_train(asked, values)  # first: a mistake is told before the data is prepared
+    elif n_ranks > 1:
+        raise UserError(f"--{asked.action} runs in one process: start it without torchrun")
+    device, training = set_up(run, training, local_rank)
     with user_errors():
         data = asked.source.Data(replaced(asked.source.Settings(), values), device, training.seed)
-    if asked.action == "eval":
+    if asked.action == "train":
+        train_parts(asked, parts, values, run, training, data, device)
+    elif asked.action == "eval":
         evaluate(asked.module, asked.model, run, data, device)
-    elif asked.action == "sample":
+    else:
         sampling = replaced(asked.module.Sampling(), values)
         sample(asked.module, asked.model, asked.part, run, sampling, training.seed, data, device)
-    else:
-        train_parts(asked, values, run, training, data, device)
 
 
 def without_memory(error):
@@ -1043,11 +1087,14 @@ def without_memory(error):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()  # a closed pipe is noticed here, and not at the interpreter's end
     except (UserError, argparse.ArgumentError) as e:
         sys.exit(f"error: {e}")
     except (BrokenPipeError, KeyboardInterrupt):  # as of `| head`, or of Ctrl-C while nothing is trained
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except PermissionError as e:
+        sys.exit(f"error: {e.filename} cannot be read or written ({e.strerror})")
     except (RuntimeError, MemoryError) as e:
         if not without_memory(e):
             raise

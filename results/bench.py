@@ -62,11 +62,11 @@ def memory_of(setup, part, checkpointed=False):
     def pack(t):
         saved.update({k: v for k, v in storages([t]).items() if k not in weights})
         return t
-    train.update(trained, 0)  # in which the optimizer makes its state
+    train.update(trained)  # in which the optimizer makes its state
     net.register_forward_pre_hook(lambda *_: saved.clear())  # the pieces of a batch do not add up
     optimizer.register_step_pre_hook(lambda *_: gradients.update(storages(p.grad for p in net.parameters())))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        peak = peak_during(lambda: train.update(trained, 1), setup.device)
+        peak = peak_during(lambda: train.update(trained), setup.device)
     moments = storages(t for state in optimizer.state.values() for t in state.values())
     found = {"weights": weights, "gradients": gradients, "optimizer": moments, "running mean": mean,
              "activations": saved}
@@ -167,10 +167,9 @@ def milliseconds(function, device, n):
 def time_part(setup, part, checkpointed, n):
     """(ms of n updates, kernels of an update, ms of n steps of sampling) of a part, built for it alone."""
     trained = learner(setup, part, checkpointed)
-    steps = itertools.count()
 
     def update():
-        train.update(trained, next(steps))
+        train.update(trained)
     milliseconds(update, setup.device, WARM_UP)
     updates = milliseconds(update, setup.device, n)
     kernels = kernels_of(update, setup.device)

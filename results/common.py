@@ -57,7 +57,7 @@ def plain_logits(net, x, *how):
 
 
 def learner(setup, part, checkpointed=False):
-    """A part of the model in training, as train.py's loop has it: `train.update(learner, step)` trains it."""
+    """A part of the model in training, as train.py's loop has it: `train.update(learner)` trains it."""
     run = replace(setup.run, checkpoint_activations=checkpointed)
     return train.Learner(train.Job(setup.model, setup.module, part, setup.config, setup.training, run,
                                    setup.data, setup.device))
