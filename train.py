@@ -249,8 +249,10 @@ class Learner:
         clip_and_step(self)
 
     def autocast(self):
+        """Where matrix products are in bf16, if so asked. Casts are not kept: a cast that was kept by a pass
+        without gradients, of recurrent's baseline, would have none later (until torch 2.10 or so)."""
         bf16 = self.job.training.precision == "bf16"
-        return torch.autocast(self.job.device.type, torch.bfloat16, enabled=bf16)
+        return torch.autocast(self.job.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
     def describe(self):
         """The line that is printed when training begins."""
@@ -412,11 +414,13 @@ class Recorded:
         """Call the function. Returns what forbids to record it, or an empty string."""
         before = cpu_random_state()
         torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            self.function(batch)
-        torch.cuda.set_sync_debug_mode("default")
-        if any("synchronizing" in str(w.message) for w in caught):
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self.function(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if any("called a synchronizing" in str(w.message) for w in caught):
             return "waits for the device within an update"
         if cpu_random_state() != before:
             return "draws random numbers on the CPU"
@@ -433,8 +437,11 @@ class Recorded:
             with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream()):
                 self.function(self.batch)  # nothing is computed yet
         except RuntimeError as e:
+            cause = e.__context__ or e  # the end of a recording that failed is an error of its own
+            if without_memory(cause):
+                raise cause
             raise UserError(f"an update of this model cannot be recorded as a CUDA graph "
-                            f"({str(e).splitlines()[0]}); train it with --compile off") from e
+                            f"({str(cause).splitlines()[0]}); train it with --compile off") from e
 
 
 def cpu_random_state():

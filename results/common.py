@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is silent
+os.environ.setdefault("TEARDOWN_CUPTI", "0")  # ending a profile must not break CUDA graphs that live on
 import torch
 
 HERE = Path(__file__).parent
