@@ -1394,7 +1394,12 @@ def test_a_run_of_epochs_goes_on_for_the_steps_or_epochs_that_are_typed(flags, t
     assert values["epochs"] == .01 and asked.preset["epochs"] == 10
 
 
-# -- memory
+# -- memory and threads
+
+def test_threads_are_as_many_as_are_asked_for():
+    train.set_up(train.Run(device="cpu", threads=2), train.Training())
+    assert torch.get_num_threads() == 2
+
 
 @each(*MODELS)
 def test_checkpointed_activations_keep_less_for_the_backward_pass(module, tmp_path):
@@ -1550,10 +1555,20 @@ def test_resume_refuses_another_value_of_every_setting_that_decides_the_weights(
         train.go_on(learner)
 
 
+def test_no_block_is_trained_where_the_checkpoint_of_a_later_one_would_be_lost(flags, tmp_path):
+    path = tmp_path / "gpt/block_1.pt"
+    train.main(flags("gpt", "--block=1", "--steps=1", f"--out={tmp_path}"))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="block_1.pt is there already"):
+        train.main(flags("gpt", "--block=all", f"--out={tmp_path}"))
+    assert path.read_bytes() == before and not path.with_name("block_0.pt").exists()
+
+
 def test_what_was_trained_otherwise_is_not_scored_beside_the_blocks(flags, tmp_path, capsys):
     (tmp_path / "b.txt").write_text("another text\n" * 400)
     common = flags("gpt", "--steps=1", f"--out={tmp_path}")
     train.main([*common, "--block=all"])
+    train.main([*common, "--block=1", "--steps=2", "--overwrite"])
     train.main([*common, "--end-to-end", "--n-embd=32"])
     train.main([*common, "--control", f"--data={tmp_path}/b.txt"])
     capsys.readouterr()
@@ -1561,7 +1576,7 @@ def test_what_was_trained_otherwise_is_not_scored_beside_the_blocks(flags, tmp_p
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "gpt/eval.json").read_text())
     assert re.search(r"without end to end: .*trained with other settings .*n_embd \(16 -> 32\)", printed)
     assert re.search("without control: .*trained with other settings .*the data's content", printed)
-    assert list(report["updates"]) == ["2 blocks"]
+    assert report["updates"] == {"2 blocks": 1}                             # the fewest of any block
     names = list(report["tables"]["bits per byte on held-out text"])
     assert "blocks (bound)" in names and not {"end to end", "control"} & set(names)
     train.main([*common, "--block=1", "--n-embd=32", "--overwrite"])
@@ -1607,18 +1622,22 @@ def test_scores_and_samples_are_those_of_the_running_mean_and_the_same_again(fla
 def test_samples_of_blocks_baseline_and_control_lie_beside_one_another_of_the_same_noise(
         flags, tmp_path, monkeypatch):
     def sample(nets, sampling, data):
+        sampled.append(nets)
         return {"array": torch.randn(3), "picture": torch.randint(256, (2, 2, 3), dtype=torch.uint8)}
 
     def files():
         return {path.name: path.read_bytes() for path in (tmp_path / "dit").iterdir()
                 if path.suffix in (".npy", ".png")}
+    sampled = []
     monkeypatch.setattr(dit, "sample", sample)
     for part in ("--block=all", "--end-to-end", "--control"):
         train.main(flags("dit", part, "--steps=1", f"--out={tmp_path}"))
     command = ["--model=dit", "--sample", f"--out={tmp_path}"]
     for part in ([], ["--end-to-end"], ["--control"]):
         train.main([*command, *part])
-    made = files()
+    made, (blocks, baseline, control) = files(), sampled
+    assert [block.b for block in blocks] == [0, 1]
+    assert (len(baseline.layers), len(control.layers)) == (2, 1)
     assert set(made) == {"array.npy", "array_end_to_end.npy", "array_control.npy",
                          "picture.png", "picture_end_to_end.png", "picture_control.png"}
     assert len(set(made.values())) == 2                                     # one array, one picture
