@@ -712,6 +712,12 @@ def flags(place):
     return small
 
 
+def untimed_log(path):
+    """The log in a checkpoint, without milliseconds."""
+    log = torch.load(path, weights_only=True)["log"]
+    return [{name: value for name, value in row.items() if name != "ms"} for row in log]
+
+
 def weights(path):
     """The bits of the weights in a checkpoint, and of their running mean."""
     state = torch.load(path, weights_only=True)
@@ -1004,12 +1010,6 @@ def unrecorded(monkeypatch):
     monkeypatch.setattr(train, "can_be_recorded", lambda job: False)
 
 
-def log_of(path):
-    """The log in a checkpoint, without times."""
-    log = torch.load(path, weights_only=True)["log"]
-    return [{name: value for name, value in row.items() if name != "ms"} for row in log]
-
-
 @pytest.mark.parametrize("model", list(SMALL))
 def test_a_recorded_update_is_the_update(model, flags, tmp_path, monkeypatch):
     common = flags(model, "--steps=9", "--warmup=3", "--log-every=4")
@@ -1026,7 +1026,7 @@ def test_a_recorded_update_is_the_update(model, flags, tmp_path, monkeypatch):
     for path in (tmp_path / "recorded" / model).glob("*.pt"):
         other = tmp_path / "plain" / model / path.name
         assert weights(path) == weights(other)
-        assert log_of(path) == log_of(other)
+        assert untimed_log(path) == untimed_log(other)
 
 
 def test_a_recorded_run_goes_on_within_a_chunk_of_batches_to_the_same_bits(flags, tmp_path, monkeypatch):
@@ -1507,6 +1507,7 @@ def test_ranks_exchange_the_gradients_of_all_pieces_and_stop_together(place, fla
             torch.testing.assert_close(two["optimizer"][number][name], moments[name], rtol=1e-3, atol=1e-7)
     for row, other in zip(one["log"], two["log"]):
         assert row["val_loss"] == pytest.approx(other["val_loss"], rel=1e-4)
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)        # the mean over both ranks' pieces
 
 
 def test_a_closed_pipe_ends_training_scoring_and_sampling_with_code_1_and_no_traceback(

@@ -108,9 +108,11 @@ def train(job):
         # on CUDA nothing but logging and saving waits for the device
         if logs or saves or job.device.type == "cpu":
             refuse_infinite(learner)
+        if logs:
+            loss = mean_loss(learner)
         if logs and job.rank == 0:
             ms = 1000 * (time.time() - began) / (learner.step - first)
-            write_log(learner, next_row(learner, held_out, ms))
+            write_log(learner, loss, held_out, ms)
         if saves and job.rank == 0:
             save(job.path, learner.state())
         if signal_number > 0 and learner.step < steps:
@@ -142,7 +144,8 @@ def lr_at(step, training):
 
 @dataclass
 class Training:
-    """What decides the weights. --resume takes it from the checkpoint, and refuses other values."""
+    """What decides the weights. --resume takes it from the checkpoint, and refuses other values (but of compile,
+    which changes last bits only)."""
     steps: int = 1000           # optimizer updates for each block (and as many for the baseline)
     epochs: float = 0.0         # passes over the data in the place of steps; 0: as --steps says
     batch_size: int = 16        # sequences or images in an update
@@ -231,7 +234,8 @@ class Learner:
         prepare_layers(self.net, training, job.run)
         self.network = self.net  # what is called: it also exchanges the gradients of several processes
         if job.world_size > 1:
-            self.network = nn.parallel.DistributedDataParallel(self.net, broadcast_buffers=False)
+            self.network = nn.parallel.DistributedDataParallel(self.net)
+            self.network.broadcast_buffers = False  # they are constants
 
         self.seed = seed_of(training.seed, job.part)
         self.pieces = range(job.rank, training.accumulate, job.world_size)  # of each batch, in this process
@@ -458,28 +462,30 @@ def refuse_infinite(learner):
                         f"checkpoint saved before is untouched; try a lower --lr")
 
 
-def next_row(learner, held_out, ms):
-    """The next row of the log: means since the row before. ms: milliseconds an update, all work included."""
-    loss = float(learner.loss_sum) / learner.since_log  # of several ranks: of this one's pieces
+def mean_loss(learner):
+    """The mean training loss since the last log line, over all processes that share the batches."""
+    if learner.job.world_size > 1:
+        dist.all_reduce(learner.loss_sum)
+    loss = float(learner.loss_sum) / learner.job.world_size / learner.since_log
     learner.loss_sum.zero_()
     learner.norm_sum.zero_()
     learner.since_log = 0
+    return loss
+
+
+def write_log(learner, loss, held_out, ms):
+    """Print a line, and add it to the file beside the checkpoint. ms: milliseconds an update, with all work."""
+    job, step, steps = learner.job, learner.step, learner.job.training.steps
     net = learner.net if learner.average is None else learner.average
     with learner.autocast():
         val_loss = validate(net, held_out)
-    lr = lr_at(learner.step - 1, learner.job.training)
-    return {"step": learner.step, "loss": loss, "val_loss": val_loss, "lr": lr, "ms": ms}
-
-
-def write_log(learner, row):
-    """Print a row, and add it to the file beside the checkpoint."""
-    job, step, steps = learner.job, row["step"], learner.job.training.steps
-    line = f"{job.part.replace('_', ' ')} | step {step}/{steps}"
-    line += f" | loss {row['loss']:.4f} | val {row['val_loss']:.4f} | lr {row['lr']:.1e} | {row['ms']:.0f} ms/step"
+    lr = lr_at(step - 1, job.training)
+    line = f"{job.part.replace('_', ' ')} | step {step}/{steps} | loss {loss:.4f} | val {val_loss:.4f}"
+    line += f" | lr {lr:.1e} | {ms:.0f} ms/step"
     if job.device.type == "cuda":
         line += f" | {torch.cuda.max_memory_allocated(job.device) / 1e6:.0f} MB"
-    print(f"{line} | {(steps - step) * row['ms'] / 60_000:.1f} min left", flush=True)
-    learner.log.append(row)
+    print(f"{line} | {(steps - step) * ms / 60_000:.1f} min left", flush=True)
+    learner.log.append({"step": step, "loss": loss, "val_loss": val_loss, "lr": lr, "ms": ms})
     lines = [json.dumps(row) + "\n" for row in learner.log]
     save(job.path.with_suffix(".jsonl"), "".join(lines).encode())
 
