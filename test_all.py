@@ -51,6 +51,7 @@ from diffusion_blocks import (LogNormal, Masking, bayes_logits, bound_ends, boun
 HERE = Path(train.__file__).parent
 sys.path.append(str(HERE / "results"))
 import bench  # noqa: E402
+import check_gpu  # noqa: E402
 import mlp  # noqa: E402
 from frechet import frechet_distance  # noqa: E402
 
@@ -1067,6 +1068,14 @@ def test_an_error_while_recording_is_one_line_that_says_what_to_do(flags, tmp_pa
         with pytest.raises(UserError, match="stream is capturing.*--compile off") as error:
             train.main(flags("gpt", "--block=0", "--steps=6", f"--out={tmp_path}"))
     assert "\n" not in str(error.value)
+
+
+def test_the_check_of_a_gpu_compares_recorded_with_unrecorded_updates(flags, tmp_path, monkeypatch):
+    with recording_gpu(monkeypatch) as graphs:
+        setup = check_gpu.begin(flags("gpt", "--end-to-end", f"--out={tmp_path}"))
+        distances = check_gpu.compare(setup, "block_0", 6)
+    assert [graph.replays for graph in graphs] == [3]          # one of the three runs
+    assert set(distances.values()) == {0.0}
 
 
 # ---- A pretended Apple GPU --------------------------------------------------------------------------------
