@@ -327,7 +327,7 @@ def prepare_layers(net, training, run):
 
 # ---- Batches ----------------------------------------------------------------------------------------------
 
-# Where random numbers come from. Each seed is torch.manual_seed's, so that CPU and GPU draw alike each time:
+# Where random numbers come from. Each is given to torch.manual_seed, which seeds the CPU's and the GPU's draws:
 #   weights        (seed, part)                     Learner
 #   a batch        (seed, part, update, piece)      draw: places of texts, augmentation, noise, dropout
 #                  on CUDA places and augmentation are drawn for a chunk of updates: (seed, part, chunk)
