@@ -5,6 +5,7 @@ import copy
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -1657,6 +1658,145 @@ def test_samples_of_blocks_baseline_and_control_lie_beside_one_another_of_the_sa
     assert changed == {"array_end_to_end.npy", "picture_end_to_end.png"}
 
 
+# -- processes, precision, compiling, what is printed
+
+def test_ranks_are_assigned_to_parts_and_to_shares_of_a_batch():
+    parts = ["block_0", "block_1", "block_2"]
+    assert [train.assign(parts, rank, 2)[0] for rank in (0, 1)] == [["block_0", "block_2"], ["block_1"]]
+    assert train.assign(parts, 4, 6) == (["block_2"], 0, 2) and train.assign(parts, 1, 6) == (["block_0"], 1, 2)
+    with pytest.raises(UserError, match="4 processes cannot share 3 blocks"):
+        train.assign(parts, 0, 4)
+
+
+def test_a_batch_that_ranks_cannot_share_and_scoring_by_ranks_are_refused(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 processes cannot share a batch of 4"):
+        train.main(flags("gpt", "--end-to-end", f"--out={tmp_path}"))
+    for action in ("--eval", "--sample"):
+        with pytest.raises(UserError, match=f"{action} runs in one process"):
+            train.main(["--model=gpt", action, f"--out={tmp_path}"])
+
+
+def test_the_first_rank_alone_tells_of_the_data_and_each_takes_the_gpu_of_its_number(flags, tmp_path, monkeypatch,
+                                                                                      capsys):
+    asked_for = []
+    monkeypatch.setattr(train, "train", lambda job: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        train.main(flags("gpt", "--block=all", f"--out={tmp_path}"))
+        assert ("data: " in capsys.readouterr().out) == (rank == 0)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: asked_for.append(device) or torch.ones(n))
+    train.set_up(train.Run(device="cuda"), train.Training(), local_rank=3)
+    assert asked_for == ["cuda:3"]
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("float32", torch.float32)])
+def test_products_of_training_and_validation_have_the_precision_that_was_asked_for(precision, dtype, flags, tmp_path,
+                                                                                   monkeypatch):
+    seen = {True: set(), False: set()}  # in training and in validation
+    real = F.linear
+
+    def linear(x, weight, bias=None):
+        out = real(x, weight, bias)
+        seen[torch.is_grad_enabled()].add(out.dtype)
+        return out
+    monkeypatch.setattr(F, "linear", linear)
+    train.main(flags("vit", "--end-to-end", f"--precision={precision}", f"--out={tmp_path}"))
+    assert seen == {True: {dtype}, False: {dtype}}
+
+
+def test_layers_are_compiled_if_asked_for_and_only_then(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    net = vit.Block(tiny(vit, layer_split="3,1"), 0)
+    train.prepare_layers(net, train.Training(compile="off"), train.Run())
+    assert compiled == []
+    train.prepare_layers(net, train.Training(compile="on"), train.Run())
+    assert len(compiled) == 3
+
+
+def test_a_checkpoint_of_its_own_is_followed_before_that_of_another_part(flags, tmp_path, monkeypatch):
+    train.main(flags("gpt", "--block=0", "--lr=.001", f"--out={tmp_path}"))
+    train.main(flags("gpt", "--block=1", "--lr=.002", f"--out={tmp_path}"))
+    [job] = jobs_of(monkeypatch, ["--model=gpt", "--block=1", "--resume", f"--out={tmp_path}"])
+    assert job.training.lr == .002
+    [job] = jobs_of(monkeypatch, ["--model=gpt", "--control", "--resume", f"--out={tmp_path}"])
+    assert job.training.lr == .001                                          # the first block's
+
+
+def test_held_out_examples_are_four_pieces_of_a_batch(tmp_path, monkeypatch):
+    job, asked_for = toy_job(tmp_path, steps=1, accumulate=3), []
+    job.data.held_out = lambda n, config: asked_for.append(n) or FIVE_ROWS
+    train.train(job)
+    assert asked_for == [4 * 2]
+
+
+def test_milliseconds_and_minutes_left_are_those_of_this_run(tmp_path, monkeypatch, capsys):
+    clock = itertools.count(step=6)                                         # seconds; read before and at each line
+    run = dict(log_every=2, save_every=2)
+    train.train(toy_job(tmp_path, run=run, steps=4))
+    capsys.readouterr()
+    job = toy_job(tmp_path, run=dict(run, resume=True), steps=10, final_lr=1)
+    state = torch.load(job.path, weights_only=True)
+    torch.save({**state, "training": train.flat(job.training)}, job.path)   # as if it had been cut at update 4
+    monkeypatch.setattr(train.time, "time", lambda: next(clock))
+    train.train(job)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "| step " in line]
+    # 6 s for 2 updates, 12 s for 4, 18 s for 6
+    assert all("| 3000 ms/step |" in line for line in lines) and len(lines) == 3
+    assert [line.split("| ")[-1] for line in lines] == ["0.2 min left", "0.1 min left", "0.0 min left"]
+
+
+def test_a_stopped_run_that_overwrote_is_resumed_without_overwrite(tmp_path):
+    assert train.how_to_go_on(toy_job(tmp_path, steps=9), 4).endswith("the same command with --resume")
+    line = train.how_to_go_on(toy_job(tmp_path, run=dict(overwrite=True), steps=9), 4)
+    assert "update 4 of 9" in line and line.endswith("--resume in the place of --overwrite")
+
+
+def test_help_shows_the_values_of_the_preset(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--model=gpt", "--preset=owt", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "context length in tokens (default: 1024)" in text
+
+
+def test_scores_on_other_data_are_marked_so(flags, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text("another text, as long as it has to be\n" * 400)
+    train.main(flags("gpt", "--block=all", f"--out={tmp_path}"))
+    train.main(["--model=gpt", "--eval", f"--out={tmp_path}"])
+    assert "other data" not in capsys.readouterr().out
+    train.main(["--model=gpt", "--eval", f"--data={tmp_path}/other.txt", f"--out={tmp_path}"])
+    assert "note: scored on other data than the blocks were trained on" in capsys.readouterr().out
+
+
+# -- on CUDA
+
+def test_chunks_of_batches_differ_and_on_cuda_nothing_that_is_not_finite_is_saved(flags, tmp_path, monkeypatch):
+    with recording_gpu(monkeypatch):
+        [job] = jobs_of(monkeypatch, flags("gpt", "--control", "--steps=12", f"--out={tmp_path}"))
+        learner = train.Learner(job)
+        batches = {train.draw(learner, index).cpu().numpy().tobytes() for index in range(12)}
+        assert learner.batches_per_chunk == 4 and len(batches) == 12
+        monkeypatch.setattr(train.Learner, "forward_backward_step", lambda self, batch: self.loss_sum.fill_(math.nan))
+        monkeypatch.setattr(train, "Recorded", lambda function: function)
+        run = replace(job.run, log_every=0, save_every=3)
+        with pytest.raises(UserError, match="not finite at update 3"):
+            train.train(replace(job, run=run))
+    assert not job.path.exists()
+
+
+def test_a_watched_call_notices_every_generator_and_leaves_the_mode_as_it_was(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    for draws in (lambda batch: torch.rand(1), lambda batch: np.random.rand(), lambda batch: random.random()):
+        assert train.Recorded(draws).watch(None) == "draws random numbers on the CPU"
+    assert train.Recorded(lambda batch: None).watch(None) == ""
+    with pytest.raises(ZeroDivisionError):
+        train.Recorded(lambda batch: 1 / 0).watch(None)
+    assert modes == ["warn", "default"] * 5
+
+
 # ---- Checkpoints ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError])                 # of torch.save, of the system
@@ -1814,9 +1954,10 @@ def test_a_preset_that_names_no_setting_is_refused(monkeypatch):
     RuntimeError("[enforce fail at a.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 1 GiB"), MemoryError()])
 def test_too_little_memory_is_one_line_and_another_error_is_none(error):
-    assert train.without_memory(error).startswith("not enough memory (")
-    assert "enforce" not in train.without_memory(error) and "GPU 0" not in train.without_memory(error)
-    assert train.without_memory(RuntimeError("shapes do not match")) == ""
+    line = train.out_of_memory_line(error)
+    assert train.is_out_of_memory(error) and line.startswith("not enough memory (")
+    assert "enforce" not in line and "GPU 0" not in line and "\n" not in line
+    assert not train.is_out_of_memory(RuntimeError("shapes do not match"))
 
 
 def test_help_lists_every_flag_with_its_comment(capsys):

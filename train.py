@@ -97,7 +97,8 @@ def train(job):
         load_checkpoint(learner)
     # in 4 pieces, so that it needs no more memory than training does
     held_out = job.data.held_out(4 * learner.piece_size, job.config)
-    print(learner.describe(), flush=True)
+    if job.rank == 0:
+        print(learner.describe(), flush=True)
     first, began = learner.step, time.time()
     while learner.step < steps:
         update(learner)
@@ -109,7 +110,7 @@ def train(job):
         if logs or saves or job.device.type == "cpu":
             refuse_infinite(learner)
         if logs:
-            loss = mean_loss(learner)
+            loss = take_mean_loss(learner)
         if logs and job.rank == 0:
             ms = 1000 * (time.time() - began) / (learner.step - first)
             write_log(learner, loss, held_out, ms)
@@ -192,8 +193,8 @@ class Run:
     def __post_init__(self):
         for name in ("threads", "log_every", "save_every"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
-        require(not (self.resume and self.overwrite),
-                "--resume goes on, --overwrite trains anew: type one of them", "both")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on, --overwrite trains anew: type one of them")
 
 
 @dataclass
@@ -442,7 +443,7 @@ class Recorded:
                 self.function(self.batch)  # nothing is computed yet
         except RuntimeError as e:
             cause = e.__context__ or e  # the end of a recording that failed is an error of its own
-            if without_memory(cause):
+            if is_out_of_memory(cause):
                 raise cause
             raise UserError(f"an update of this model cannot be recorded as a CUDA graph "
                             f"({str(cause).splitlines()[0]}); train it with --compile off") from e
@@ -462,8 +463,8 @@ def refuse_infinite(learner):
                         f"checkpoint saved before is untouched; try a lower --lr")
 
 
-def mean_loss(learner):
-    """The mean training loss since the last log line, over all processes that share the batches."""
+def take_mean_loss(learner):
+    """The mean training loss since the last log line; then its sums begin anew. All ranks of a part call it."""
     if learner.job.world_size > 1:
         dist.all_reduce(learner.loss_sum)
     loss = float(learner.loss_sum) / learner.job.world_size / learner.since_log
@@ -519,7 +520,9 @@ def request_stop(number, frame):
 @contextlib.contextmanager
 def stopping_by_signal():
     """Ctrl-C and SIGTERM call `request_stop` within this block."""
-    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, request_stop)
     try:
         yield
     finally:
@@ -616,12 +619,23 @@ def load_checkpoint(learner):
         print(f"nothing to resume: there is no {job.path} yet; it begins at update 0{source}", flush=True)
         return
     state = load(job.path, job.model)
-    new = learner.settings()
-    wrong = [difference for section in ("config", "training", "settings")
-             for difference in differences(state[section], new[section], 
-                                            ignore=("data", "steps", "epochs", "compile"))]
-    if state["data"]["fingerprint"] != new["data"]["fingerprint"]:
-        wrong.append("the data's content")
+    refuse_other_settings(learner, state)
+    learner.step, learner.log = state["step"], state["log"]
+    learner.net.load_state_dict(state["net"])
+    if learner.average is not None:
+        learner.average.load_state_dict(state["average"])
+    learner.optimizer.load_state_dict({**learner.optimizer.state_dict(), "state": state["optimizer"]})
+    if learner.step == job.training.steps:
+        print(f"{job.path} has all its {learner.step} updates; a longer run is a new one: --steps N --overwrite",
+              flush=True)
+
+
+def refuse_other_settings(learner, state):
+    """Raises UserError if a checkpoint was not trained as this learner is to be."""
+    job, new = learner.job, learner.settings()
+    wrong = other_data(state["data"], new["data"])
+    for section in ("config", "training", "settings"):
+        wrong += differences(state[section], new[section], ignore=("data", "steps", "epochs", "compile"))
     steps, before = job.training.steps, state["training"]["steps"]
     if steps != before and job.training.final_lr != 1:
         wrong.append(f"steps ({before} -> {steps}), on which its learning rates depend (but with --final-lr 1)")
@@ -630,13 +644,11 @@ def load_checkpoint(learner):
     if wrong:
         raise UserError(f"{job.path} was trained with other settings: {', '.join(wrong)}; leave those flags out, "
                         f"or train anew with --overwrite")
-    learner.step, learner.log = state["step"], state["log"]
-    learner.net.load_state_dict(state["net"])
-    if learner.average is not None:
-        learner.average.load_state_dict(state["average"])
-    learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": state["optimizer"]})
-    if learner.step == steps:
-        print(f"{job.path} has all its {steps} updates; a longer run is a new one: --steps N --overwrite", flush=True)
+
+
+def other_data(old, new):
+    """["the data's content"] if two descriptions of data have another fingerprint, else []."""
+    return [] if old["fingerprint"] == new["fingerprint"] else ["the data's content"]
 
 
 def differences(old, new, ignore=()):
@@ -650,9 +662,7 @@ def trained(module, model, part, out, device, like=None):
     path = checkpoint_path(out, model, part)
     state = load(path, model)
     if like is not None:
-        wrong = differences(like["config"], state["config"])
-        if state["data"]["fingerprint"] != like["data"]["fingerprint"]:
-            wrong.append("the data's content")
+        wrong = differences(like["config"], state["config"]) + other_data(like["data"], state["data"])
         if wrong:
             raise UserError(f"{path} was trained with other settings than {like['part']}: {', '.join(wrong)}")
     net = build(module, replaced(module.Config(), state["config"]), part)
@@ -685,7 +695,7 @@ def evaluate(module, model, run, data, device):
             updates[name] = other["step"]
         except UserError as e:
             print(f"without {name}: {e}")
-    if data.about["fingerprint"] != state["data"]["fingerprint"]:
+    if other_data(state["data"], data.about):
         print("note: scored on other data than the blocks were trained on")
     print("scoring", ", ".join(f"{name} ({n} updates)" for name, n in updates.items()), flush=True)
     torch.manual_seed(seed_of(state["training"]["seed"], "eval"))
@@ -702,8 +712,9 @@ def evaluate(module, model, run, data, device):
 
 def print_tables(tables):
     """A line with the first column of the first table, then all tables {title: {row: {column: value}}}."""
-    main_table = next(iter(tables.values()))
-    unit = next(iter(next(iter(main_table.values()))))
+    main_table = list(tables.values())[0]
+    first_row = list(main_table.values())[0]
+    unit = list(first_row)[0]
     verdict = [f"{name} {row[unit]:.4g}" for name, row in main_table.items() if unit in row]
     print(", ".join([*verdict, unit]))
     for title, table in tables.items():
@@ -740,8 +751,10 @@ def sample(module, model, part, run, sampling, seed, data, device):
 
 def torchrun_ranks():
     """(rank, number of processes, rank on this machine); (0, 1, 0) without torchrun."""
-    return tuple(int(os.environ.get(name, default))
-                 for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank = int(os.environ.get("RANK", 0))
+    n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    return rank, n_ranks, local_rank
 
 
 def assign(parts, rank, n_ranks):
@@ -987,12 +1000,18 @@ def refuse_without_effect(asked):
 def set_up(run, training, local_rank=0):
     """The device with its index, and Training with what auto means there. Raises UserError."""
     name = run.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto" and torch.backends.mps.is_available():
+        name = "mps"
+    elif name == "auto":
+        name = "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     try:
-        device = torch.zeros(1, device=f"cuda:{local_rank}" if name == "cuda" else name).device
+        device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name} cannot be used here: {str(e).splitlines()[0]}") from None
+        raise UserError(f"--device {run.device} cannot be used here: {str(e).splitlines()[0]}") from None
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
@@ -1028,7 +1047,7 @@ def check_out(run, model, parts):
         if path.exists() and not (run.resume or run.overwrite):
             raise UserError(f"{path} is there already: --resume goes on with it, --overwrite trains it anew, "
                             f"--out names another place")
-    folder = path.parent
+    folder = Path(run.out) / model
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -1088,11 +1107,13 @@ def main(argv):
         sample(asked.module, asked.model, asked.part, run, sampling, training.seed, data, device)
 
 
-def without_memory(error):
-    """What to say of an error because memory, of a device or of the machine, was not enough; else ""."""
+def is_out_of_memory(error):
+    """Whether an error says that memory, of a device or of the machine, was not enough."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def out_of_memory_line(error):
     text = str(error)
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
-        return ""
     what = text.split("DefaultCPUAllocator: ")[-1].split(" GPU ")[0]
     return f"not enough memory ({what}); to train, try --accumulate or --checkpoint-activations"
 
@@ -1109,6 +1130,6 @@ if __name__ == "__main__":
     except PermissionError as e:
         sys.exit(f"error: {e.filename} cannot be read or written ({e.strerror})")
     except (RuntimeError, MemoryError) as e:
-        if not without_memory(e):
+        if not is_out_of_memory(e):
             raise
-        sys.exit(f"error: {without_memory(e)}")
+        sys.exit(f"error: {out_of_memory_line(e)}")
