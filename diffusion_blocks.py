@@ -26,6 +26,13 @@ def require(holds, rule, value):
         raise ValueError(f"{rule}; got {value}")
 
 
+def require_finite(settings):
+    """Raises ValueError that names a field of a dataclass which is infinite or no number."""
+    for name, value in vars(settings).items():
+        if isinstance(value, float):
+            require(math.isfinite(value), f"{name} must be finite", value)
+
+
 def split_layers(n_layer, n_blocks, split=""):
     """The layers of every block, a list of ranges: the same number in each, or the sizes in `split`, such as
     "3,6,3". Raises ValueError if they do not fit."""
@@ -94,6 +101,7 @@ class LogNormal(Noise):
     weighting: str = "none"     # of the loss: none (the released code's, in effect) or edm
 
     def __post_init__(self):
+        require_finite(self)
         require(0 < self.sigma_min < self.sigma_max, "need 0 < sigma_min < sigma_max",
                 f"sigma_min {self.sigma_min}, sigma_max {self.sigma_max}")
         require(self.p_std > 0, "p_std must be above 0", self.p_std)
@@ -196,6 +204,7 @@ class Masking(Noise):
     mask_id: int = field(default=0, init=False)  # the token that stands for a mask; a model's Config sets it
 
     def __post_init__(self):
+        require_finite(self)
         require(self.schedule in ("linear", "cosine"), "schedule must be linear or cosine", self.schedule)
         require(self.n_blocks >= 1, "n_blocks must be at least 1", self.n_blocks)
         require(self.gamma >= 0, "gamma must be at least 0", self.gamma)

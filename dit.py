@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion_blocks import LogNormal, euler, expand, require, score_loss, split_layers
+from diffusion_blocks import LogNormal, euler, expand, require, require_finite, score_loss, split_layers
 
 DATA = "images"  # the module of data/ that this model is trained on
 
@@ -40,6 +40,7 @@ class Config:
     noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=3, weighting="edm"))
 
     def __post_init__(self):
+        require_finite(self)
         split_layers(self.n_layer, self.noise.n_blocks, self.layer_split)
         require(self.n_head >= 1, "n_head must be at least 1", self.n_head)
         require(self.n_embd >= 1 and self.n_embd % self.n_head == 0 and self.n_embd % 4 == 0,

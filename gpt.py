@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, decode_labels, edm_logits, ensemble,
-                              require, score_labels, score_loss, split_layers, target_table,
+                              require, require_finite, score_labels, score_loss, split_layers, target_table,
                               token_losses)
 
 DATA = "text"  # the module of data/ that this model is trained on
@@ -41,6 +41,7 @@ class Config:
     noise: LogNormal = field(default_factory=lambda: LogNormal(n_blocks=4, p_mean=1.2, p_std=1.0, gamma=0.1))
 
     def __post_init__(self):
+        require_finite(self)
         split_layers(self.n_layer, self.noise.n_blocks, self.layer_split)
         require(self.n_head >= 1, "n_head must be at least 1", self.n_head)
         require(self.n_embd >= 1 and self.n_embd % (2 * self.n_head) == 0,

@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, edm_logits, euler, require,
-                              score_labels, score_loss, target_table, token_losses)
+                              require_finite, score_labels, score_loss, target_table, token_losses)
 
 DATA = "text"  # the module of data/ that this model is trained on
 
@@ -43,6 +43,7 @@ class Config:
     noise: LogNormal = field(default_factory=lambda: LogNormal(p_mean=1.2, p_std=1.0))
 
     def __post_init__(self):
+        require_finite(self)
         require(self.noise.n_blocks == 1, "recurrent is one network for all noise levels: n_blocks can only be 1",
                 self.noise.n_blocks)
         for name in ("n_prelude", "n_core", "n_coda", "mean_passes", "grad_passes", "n_head"):

@@ -1890,7 +1890,10 @@ def test_a_loss_that_is_not_finite_ends_training_and_leaves_the_last_checkpoint(
     ("--block 0 --seed -1", "seed must be at least 0; got -1"), ("--block 0 --steps 0", "steps must be at least 1; got 0"),
     ("--block 0 --steps 5 --epochs 2", "type one of them"), ("--eval --resume", "--resume has no effect"),
     ("--block 0 --batch-size 9 --accumulate 2", "accumulate must divide batch_size 9; got 2"),
-    ("--block 0 --clip 2", "unknown flag --clip")])
+    ("--block 0 --clip 2", "unknown flag --clip"), ("--block 0 --epochs inf", "epochs must be finite; got inf"),
+    ("--block 0 --lr nan", "lr must be finite; got nan"), ("--block 0 --p-mean inf", "p_mean must be finite"),
+    ("--block 0 --z-rate nan", "z_rate must be finite"), ("--block 0 --threads 100000000", "at most 1024"),
+    ("--block 0 --epochs 1e308", "epochs must be at most a million")])
 def test_a_bad_command_line_gets_one_clear_line(line, says, tmp_path):
     with pytest.raises((UserError, argparse.ArgumentError)) as error:
         train.main([*line.split(), "--out", str(tmp_path)])
@@ -1982,6 +1985,8 @@ def test_the_model_of_ones_own_trains_scores_and_tells_its_mistakes_in_one_line(
         super().__init__(r""")                                              # a field needs no comment
     (tmp_path / "own.py").write_text("from __future__ import annotations\n" + code)
     (tmp_path / "maybe.py").write_text(code.replace("own: int = 3", "own: float | None = None"))
+    (tmp_path / "plain.py").write_text(code.replace("@dataclass\nclass Config", "class Config"))
+    (tmp_path / "sounds.py").write_text(code.replace('DATA = "images"', 'DATA = "sounds"'))
     (tmp_path / "needs.py").write_text(code.replace("own: int = 3", "own: int"))
     (tmp_path / "lacks.py").write_text(code.replace("PRESETS", "P"))
     monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
@@ -1995,6 +2000,8 @@ def test_the_model_of_ones_own_trains_scores_and_tells_its_mistakes_in_one_line(
     for line, says in (("--model=lacks --block=0", "lacks.py lacks PRESETS"),
                        ("--sample", "own.py lacks sample"),
                        ("--model=maybe --block=0", r"Config.own has the type .*float . None.*; a flag can be .*"),
+                       ("--model=plain --block=0", "plain.py: Config must be a dataclass"),
+                       ("--model=sounds --block=0", "sounds.py: DATA is 'sounds'; choose text or images, or .*"),
                        ("--model=needs --block=0", r"every field of Config needs a default \(.*own.*\)"),
                        ("--block=0 --own=-1 --overwrite", "own must not be negative")):
         with pytest.raises(UserError, match=f"^{says}$"):

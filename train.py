@@ -15,7 +15,7 @@ import copy
 import difflib
 import functools
 import gc
-import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -41,7 +41,7 @@ import torch.nn as nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from data import UserError
-from diffusion_blocks import require, seed_of
+from diffusion_blocks import require, require_finite, seed_of
 
 os.environ.setdefault("TORCHINDUCTOR_MIX_ORDER_REDUCTION", "0")  # fails with recurrent, torch 2.11
 
@@ -163,12 +163,14 @@ class Training:
     seed: int = 0               # random numbers are a function of (seed, part, update, piece)
 
     def __post_init__(self):
+        require_finite(self)
         for name in ("steps", "batch_size", "accumulate"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         for name in ("epochs", "warmup", "final_lr", "weight_decay", "seed"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
         require(self.batch_size % self.accumulate == 0,
                 f"accumulate must divide batch_size {self.batch_size}", self.accumulate)
+        require(self.epochs <= 1e6, "epochs must be at most a million", self.epochs)
         require(self.lr > 0, "lr must be above 0", self.lr)
         require(self.clip > 0, "clip must be above 0", self.clip)
         require(0 <= self.beta2 < 1, "beta2 must be at least 0 and below 1", self.beta2)
@@ -193,6 +195,8 @@ class Run:
     def __post_init__(self):
         for name in ("threads", "log_every", "save_every"):
             require(getattr(self, name) >= 0, f"{name} must be at least 0", getattr(self, name))
+        require(self.threads <= 1024, "threads must be at most 1024", self.threads)
+        require(self.out != "", "out must name a folder", repr(self.out))
         if self.resume and self.overwrite:
             raise ValueError("--resume goes on, --overwrite trains anew: type one of them")
 
@@ -287,6 +291,8 @@ def build(module, config, part):
         if part == "end_to_end":
             return module.EndToEnd(config)
         if part == "control":
+            if not hasattr(config, "control"):
+                raise ValueError("a Config needs control(), which returns the Config of the control")
             return module.EndToEnd(config.control())
         return module.Block(config, int(part.removeprefix("block_")))
 
@@ -459,8 +465,8 @@ def cpu_random_state():
 def refuse_infinite(learner):
     """Raises UserError if a loss or a gradient since the last log line was not finite."""
     if not math.isfinite(float(learner.loss_sum)) or not math.isfinite(float(learner.norm_sum)):
-        raise UserError(f"the loss of {learner.job.part} is not finite at update {learner.step}; the "
-                        f"checkpoint saved before is untouched; try a lower --lr")
+        raise UserError(f"the loss of {learner.job.part} is not finite at update {learner.step}; what was saved "
+                        f"before is untouched; try a lower --lr, and look at the values of the flags typed")
 
 
 def take_mean_loss(learner):
@@ -567,7 +573,8 @@ def save(path, content):
     except (OSError, RuntimeError) as e:  # of a full disk torch.save makes the second
         with contextlib.suppress(OSError):
             unfinished.unlink()
-        raise UserError(f"cannot write {path} ({e}); what was there before is untouched") from None
+        raise UserError(f"cannot write {path} ({str(e).splitlines()[0] if str(e) else type(e).__name__}); is the "
+                        f"disk full? What was there before is untouched") from None
 
 
 def load(path, model):
@@ -587,7 +594,7 @@ def load(path, model):
         raise  # the file may be whole
     except Exception as e:
         raise UserError(f"{path} is damaged, or not of this model and code ({type(e).__name__}: "
-                        f"{str(e)[:80]!r}); train it again") from None
+                        f"{str(e)[:80]!r}); train it again with --overwrite") from None
     return state
 
 
@@ -678,6 +685,8 @@ def assemble(module, model, out, device):
         net, state = trained(module, model, f"block_{b}", out, device, block_0)
         blocks.append(net)
         updates.append(state["step"])
+    if len(set(updates)) > 1:
+        print(f"note: blocks 0, 1, ... have {', '.join(map(str, updates))} updates")
     return blocks, {**block_0, "step": min(updates)}
 
 
@@ -845,6 +854,11 @@ def import_model(name):
     lacks = [part for part in CONTRACT if not hasattr(module, part)]
     if lacks:
         raise UserError(f"{name}.py lacks {', '.join(lacks)}")
+    for settings in ("Config", "Sampling"):
+        if not is_dataclass(getattr(module, settings)):
+            raise UserError(f"{name}.py: {settings} must be a dataclass")
+    if module.DATA not in ("text", "images") and importlib.util.find_spec(f"data.{module.DATA}") is None:
+        raise UserError(f"{name}.py: DATA is {module.DATA!r}; choose text or images, or write data/{module.DATA}.py")
     return module
 
 
@@ -949,8 +963,8 @@ def options_for(kind, name):
         return {"nargs": "+"}
     if kind in (int, float, str):
         return {"type": kind}
-    raise UserError(f"{name} has the type {kind}; a flag can be bool, int, float, str or tuple, and a field "
-                    f"that is none needs field(init=False)")
+    raise UserError(f"{name} has the type {kind}; a flag can be bool, int, float, str or a plain tuple, and a "
+                    f"field that is no flag needs field(init=False)")
 
 
 def comments_of(cls):

@@ -68,6 +68,7 @@ def main(argv):
     setup = begin([*rest, "--end-to-end", "--overwrite"])  # nothing is overwritten
     same, times = {}, {}
     for part in ("end_to_end", "block_0", "control"):
+        print(f"{part}: {own.updates} updates, three times; then it is timed", flush=True)
         same[part] = compare(setup, part, own.updates)
         for recorded in (True, False):
             name = f"{part}, {'recorded' if recorded else 'not recorded'}"
