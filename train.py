@@ -90,7 +90,8 @@ def clip_and_step(learner):
 
 
 def train(job):
-    """Train a part to its last update, with log lines and checkpoints on the way."""
+    """Train a part to its last update, with log lines and checkpoints on the way. Returns the number of the
+    signal that stopped it before, or 0."""
     steps, run = job.training.steps, job.run
     learner = Learner(job)
     if run.resume:
@@ -119,7 +120,8 @@ def train(job):
         if signal_number > 0 and learner.step < steps:
             if job.rank == 0:
                 print(how_to_go_on(job, learner.step))
-            sys.exit(128 + signal_number)
+            return signal_number
+    return 0
 
 
 def how_to_go_on(job, step):
@@ -1088,15 +1090,19 @@ def train_parts(asked, parts, values, run, training, data, device):
         connect(parts[0], part_rank, world_size, device)
     if rank == 0:
         print(f"data: {data.describe()}; {device}, {torch.get_num_threads()} threads", flush=True)
-    try:
-        with stopping_by_signal():
-            for part in parts:
-                train(Job(asked.model, asked.module, part, config, training, run, data, device, part_rank,
-                          world_size))
-                gc.collect()  # compiled layers form reference cycles; free them before the next part
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+    signal_number = 0
+    with stopping_by_signal():
+        for part in parts:
+            signal_number = train(Job(asked.model, asked.module, part, config, training, run, data, device,
+                                      part_rank, world_size))
+            gc.collect()  # compiled layers form reference cycles; free them before the next part
+            if signal_number:
+                break
+    if world_size > 1:
+        dist.barrier()  # the first to leave takes with it what the others still need
+        dist.destroy_process_group()
+    if signal_number:
+        sys.exit(128 + signal_number)
 
 
 def main(argv):
