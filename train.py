@@ -56,7 +56,7 @@ def update(learner):
     training, step = learner.job.training, learner.step
     set_lr(learner.optimizer, lr_at(step, training))
     if learner.recorded is not None:
-        # on CUDA: what the other branch does, replayed as one launch
+        # on CUDA: what the other branch does, from the fourth call on replayed as one launch
         learner.recorded(draw(learner, step))  # `forward_backward` and `clip_and_step`
     else:
         for piece in learner.pieces:  # of the batch: usually one, all of it
@@ -147,8 +147,8 @@ def lr_at(step, training):
 
 @dataclass
 class Training:
-    """What decides the weights. --resume takes it from the checkpoint, and refuses other values (but of compile,
-    which changes last bits only)."""
+    """What decides the weights. --resume takes it from the checkpoint, and refuses other values: but of compile,
+    which changes last bits only, and of steps where the learning rate is constant."""
     steps: int = 1000           # optimizer updates for each block (and as many for the baseline)
     epochs: float = 0.0         # passes over the data in the place of steps; 0: as --steps says
     batch_size: int = 16        # sequences or images in an update
@@ -395,9 +395,9 @@ class Recorded:
 
     The kernels of a small network take less time than Python needs to launch them one by one; a graph launches
     all at once. A replay repeats the operations that were recorded, on the memory that they had. So all that
-    changes from call to call must be read from the device. The first three calls run as they are: what is
-    compiled, chosen or allocated once must not be recorded. The third is watched, and a function that draws
-    random numbers on the CPU or waits for the device is never recorded."""
+    changes from call to call must be read from the device. Calls 1 to 3 run normally: what is compiled, chosen
+    or allocated once must not be recorded. Call 3 is watched, and a function that draws random numbers on the
+    CPU or waits for the device is never recorded. Call 4 is recorded, and from then on all are replayed."""
 
     WARM_UP = 3
 
@@ -620,7 +620,7 @@ def settings_to_follow(path):
 def load_checkpoint(learner):
     """Take weights, running mean, moments, number of updates and log from the checkpoint, if there is one.
 
-    Its settings are here already: `values_of` took them from the same file."""
+    `main` has applied its settings already: see `values_of`."""
     job = learner.job
     if not job.path.exists():
         other = settings_to_follow(job.path)
@@ -635,8 +635,8 @@ def load_checkpoint(learner):
         learner.average.load_state_dict(state["average"])
     learner.optimizer.load_state_dict({**learner.optimizer.state_dict(), "state": state["optimizer"]})
     if learner.step == job.training.steps:
-        print(f"{job.path} has all its {learner.step} updates; a longer run is a new one: --steps N --overwrite",
-              flush=True)
+        longer = "--steps N" if job.training.final_lr == 1 else "a new run, --steps N --overwrite"
+        print(f"{job.path} has all its {learner.step} updates; to train longer: {longer}", flush=True)
 
 
 def refuse_other_settings(learner, state):
