@@ -10,7 +10,6 @@ The mean over the interval times its length is the block's share of a bound on -
 """
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch
