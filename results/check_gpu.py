@@ -1,10 +1,14 @@
 """On a GPU: is a recorded update the same as an unrecorded one, and what does it save?
 
-    python results/check_gpu.py --model vit --updates 40       # train.py's flags for model, data and training
+    python results/check_gpu.py --model vit --same      # distances of weights and losses: OUT/vit/same.json
+    python results/check_gpu.py --model vit --time      # an update, recorded or not: OUT/vit/time.json
 
-A part is trained three times from the same seed: recorded, and twice unrecorded. A GPU adds up in no fixed
-order, so two unrecorded runs differ, too: what recording changes should be no more than that. Then updates are
-timed, and their kernels counted. On a CPU nothing is recorded, and all differences are 0: a rehearsal."""
+Model, data and training are train.py's flags. The parts are baseline, block 0 and control.
+--same: a part is trained three times from the same seed: recorded, and twice unrecorded. A GPU adds up in no
+fixed order, so two unrecorded runs differ, too: what recording changes should be no more than that.
+--time: updates are timed, and their kernels counted, alone on the GPU.
+On a CPU nothing is recorded, and all differences are 0: a rehearsal."""
+import gc
 import statistics
 from unittest.mock import patch
 
@@ -12,6 +16,8 @@ import torch
 
 from bench import kernels_of, milliseconds
 from common import Parser, UserError, about, begin, learner, run, train, write
+
+PARTS = ("end_to_end", "block_0", "control")
 
 
 def trained_weights(setup, part, n_updates, recorded):
@@ -21,7 +27,10 @@ def trained_weights(setup, part, n_updates, recorded):
     for _ in range(n_updates):
         train.update(trained)
     weights = torch.cat([p.detach().double().cpu().flatten() for p in trained.net.parameters()])
-    return weights, float(trained.loss_sum) / n_updates
+    loss = float(trained.loss_sum) / n_updates
+    del trained
+    gc.collect()  # a recorded function refers to itself
+    return weights, loss
 
 
 def unrecorded(holds=True):
@@ -61,21 +70,30 @@ def time_updates(setup, part, recorded):
 
 def main(argv):
     parser = Parser(__doc__)
-    parser.add_argument("--updates", type=int, default=40, help="of each run that is compared (default: 40)")
+    parser.add_argument("--same", action="store_true")
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--updates", type=int, default=40, help="of each run of --same (default: 40)")
     own, rest = parser.parse_known_args(argv)
-    if own.updates < 5:
-        raise UserError(f"--updates must be at least 5, since the fourth is recorded; got {own.updates}")
+    if not (own.same or own.time) or own.updates < 5:
+        raise UserError("say --same, --time or both; --updates has to be at least 5, since the fourth is recorded")
     setup = begin([*rest, "--end-to-end", "--overwrite"])  # nothing is overwritten
-    same, times = {}, {}
-    for part in ("end_to_end", "block_0", "control"):
-        print(f"{part}: {own.updates} updates, three times; then it is timed", flush=True)
-        same[part] = compare(setup, part, own.updates)
-        for recorded in (True, False):
-            name = f"{part}, {'recorded' if recorded else 'not recorded'}"
-            times[name] = time_updates(setup, part, recorded)
-    write(setup.folder / "check_gpu.json", about("check_gpu", argv) | {
-        "config": train.flat(setup.config), "training": train.flat(setup.training),
-        "tables": {f"distances after {own.updates} updates": same, "an update": times}})
+    report = about("check_gpu", argv) | {"config": train.flat(setup.config),
+                                         "training": train.flat(setup.training), "data": setup.data.about}
+    if own.same:
+        rows = {}
+        for part in PARTS:
+            print(f"{part}: {own.updates} updates, three times", flush=True)
+            rows[part] = compare(setup, part, own.updates)
+        write(setup.folder / "same.json",
+              report | {"tables": {f"distances after {own.updates} updates": rows}})
+    if own.time:
+        rows = {}
+        for part in PARTS:
+            for name, recorded in ((f"{part}, recorded", True), (f"{part}, not recorded", False)):
+                rows[name] = time_updates(setup, part, recorded)
+                print(f"{name}: {rows[name]['ms']:.2f} ms", flush=True)
+                gc.collect()  # a recorded function refers to itself
+        write(setup.folder / "time.json", report | {"tables": {"an update": rows}})
 
 
 if __name__ == "__main__":
