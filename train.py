@@ -426,13 +426,13 @@ class Recorded:
     def watch(self, batch):
         """Call the function. Returns what forbids to record it, or an empty string."""
         before = cpu_random_state()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")  # itself warns that it is a prototype
+            try:
                 self.function(batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         if any("called a synchronizing" in str(w.message) for w in caught):
             return "waits for the device within an update"
         if cpu_random_state() != before:
