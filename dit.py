@@ -75,14 +75,12 @@ PRESETS = {
 
 @dataclass
 class Sampling:
-    classes: tuple = ()         # class numbers, a row of the picture each; none: the first ten
+    classes: tuple = ()         # names or numbers of classes, a row of the picture each; none: the first ten
     n_images: int = 10          # images of each class in the picture
     guidance: float = 1.0       # classifier-free guidance scale; 1: none, and no second evaluation
     euler_steps: int = 50       # noise levels visited (paper: 50)
 
     def __post_init__(self):
-        numbers = all(str(c).isdecimal() for c in self.classes)
-        require(numbers, "classes are numbers from 0, such as 3 7", " ".join(map(str, self.classes)))
         require(math.isfinite(self.guidance), "guidance must be a number", self.guidance)
         require(self.n_images >= 1, "n_images must be at least 1", self.n_images)
         require(self.euler_steps >= 2, "euler_steps must be at least 2", self.euler_steps)
@@ -292,12 +290,28 @@ def picture(images, n_columns):
     return rows.flatten(2, 3).flatten(0, 1).cpu()
 
 
+def class_number(word, names):
+    """The number of a class that is given by its name, or else by its number from 0."""
+    word = str(word)
+    if word in names:
+        return names.index(word)
+    if word.isdecimal() and int(word) < len(names):
+        return int(word)
+    raise ValueError(f"no class {word!r}; --classes takes names, such as {names[0]!r}, or numbers from 0 to "
+                     f"{len(names) - 1}")
+
+
 def sample(nets, sampling, data=None):
     """{"sample": picture with a row per class}; of latents, the array, which a VAE of yours can decode."""
     net = nets[0] if isinstance(nets, list) else nets
-    classes = [int(c) for c in sampling.classes] or list(range(min(10, net.config.n_class)))
-    if max(classes) >= net.config.n_class:
-        raise ValueError(f"no class {max(classes)}; the data has {net.config.n_class} classes, from 0")
+    if data is None:
+        names = [str(c) for c in range(net.config.n_class)]
+    else:
+        names = data.class_names(net.config.n_class)
+    classes = [class_number(word, names) for word in sampling.classes]
+    if not classes:
+        classes = list(range(min(10, len(names))))
+    print("a row each:", ", ".join(f"class {c} ({names[c]})" for c in classes), flush=True)
     label = torch.tensor(classes, device=net.position.device).repeat_interleave(sampling.n_images)
     images = generate_images(nets, label, sampling.euler_steps, sampling.guidance)
     pixels = net.config.n_channel in (1, 3)

@@ -2085,12 +2085,12 @@ def test_windows_and_counts_are_of_the_text_itself(tokenizer, tmp_path, monkeypa
 def test_images_that_are_held_out_are_not_trained_on(tmp_path, prepared):
     cats, dogs = noise(25, 5, 5, 3), noise(3, 5, 5)  # in colour, grey
     d = load(images, write_pets(tmp_path / "pets", *cats, *dogs))
-    (x, y), (more, labels) = d.batch(25, None, 0), d.held_out(0, None)
+    (x, y), (more, labels) = d.batch(25, None, 0), d.held_out(None, None)
     rows = ((torch.cat([x, more]) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     known = {p.tobytes(): 0 for p in cats} | {p.repeat(3).tobytes(): 1 for p in dogs}
     assert {p.tobytes(): c for p, c in zip(rows, y.tolist() + labels.tolist())} == known
     assert labels.bincount().tolist() == [2, 1] and d.names == ["cat", "dog"]  # a tenth of each class
-    x, y = load(images, "digits").held_out(0, None)
+    x, y = load(images, "digits").held_out(None, None)
     assert x.shape == (450, 1, 8, 8) and x.min() == -1 and x.max() == 1
     assert 44 <= y.bincount().min() and y.bincount().max() <= 46  # a quarter of 174 to 183 of each class
     assert torch.equal(load(images, "digits", augment="crop", seed=3).held_out(7, None)[0], x[:7])
@@ -2109,12 +2109,12 @@ def test_an_epoch_of_latents_is_a_permutation_however_it_is_cut(tmp_path, prepar
 
 @pytest.mark.parametrize("module, source, settings, says", [
     (text, "nowhere.txt", {}, "no such file"), (images, "stdlib", {}, "is text"),
-    (text, write_hub, dict(column="body"), "of .*label"), (text, write_hub, dict(split="x"), "one of train"),
-    (text, lambda p: write_hub(p, n=9), {}, "too little"), (images, write_hub, {}, "'text', 'label'"),
-    (images, lambda p: write_pets(p, *noise(5, 5, 5), *noise(1, 6, 6)), {}, "row 5: .*6 x 6"),
-    (images, lambda p: write_pets(p, *noise(6, 5, 6)), {}, "row 0: .*square.*6 x 5"),
+    (text, write_hub, dict(column="body"), "line 1 .*label"), (text, write_hub, dict(split="x"), "one of 'train'"),
+    (text, lambda p: write_hub(p, n=0), {}, "too little"), (images, write_hub, {}, "no images.* 1 .jsonl"),
+    (images, lambda p: write_pets(p, *noise(5, 5, 5), *noise(1, 6, 6)), {}, "dog/05.png: .*6 x 6"),
+    (images, lambda p: write_pets(p, *noise(6, 5, 6)), {}, "cat/00.png: .*square.*6 x 5"),
     (images, lambda p: write_latents(p, latents=np.full((23, 2, 3, 3), np.nan)), {}, "finite"),
-    (images, lambda p: write_latents(p, labels=1 + np.arange(23) % 3), {}, "see 0"),
+    (images, lambda p: write_latents(p, labels=1 + np.arange(23) % 3), {}, "class 0 "),
     (images, write_latents, dict(augment="flip"), "for images")])
 def test_unfit_data_gets_one_line_and_leaves_nothing(module, source, settings, says, tmp_path, prepared):
     with pytest.raises(data.UserError, match=says) as e:

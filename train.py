@@ -816,6 +816,9 @@ def parse(argv):
     known, _ = before.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     module = import_model(known.model)
     source = importlib.import_module(f"data.{module.DATA}")
+    lacks = [name for name in getattr(source, "NEEDS", ()) if name not in flat(defaults(module.Config))]
+    if lacks:
+        raise UserError(f"{known.model}.py: Config needs the field {lacks[0]}, as DATA is {module.DATA!r}")
     preset = preset_of(known.model, module, source, known.preset)
 
     parser = argparse.ArgumentParser(
@@ -1139,6 +1142,9 @@ def out_of_memory_line(error):
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal may lack characters of a text or of a file's name
     try:
         main(sys.argv[1:])
         sys.stdout.flush()  # a closed pipe is noticed here, and not at the interpreter's end

@@ -55,6 +55,7 @@ class Config:
         require(self.patch_size >= 1 and self.image_size % self.patch_size == 0,
                 f"patch_size must divide the images' side {self.image_size}", self.patch_size)
         require(0 <= self.dropout < 1, "dropout must be at least 0 and below 1", self.dropout)
+        require(self.n_class != 1, "images must be of two classes or more, to be told apart", self.n_class)
 
     def control(self):
         """The control has one block's worth of layers. If the blocks do no better, depth was not used."""
@@ -296,7 +297,7 @@ def evaluate(blocks, others, data):
     """Tables {title: {row: {column: value}}} of the blocks and of others {"end to end": net, "control": net}
     on all held-out images."""
     noise, table, nats, right = blocks[0].noise, blocks[0].table, Counter(), Counter()
-    images, labels = data.held_out(0, blocks[0].config)
+    images, labels = data.held_out(None, blocks[0].config)
     for x, label in zip(images.split(500), labels.split(500)):
         for name, net in others.items():
             nats[name] += cross_entropy(net.logits(x), label).sum().item()

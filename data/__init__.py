@@ -1,8 +1,10 @@
 """Data is prepared on first use: text.py and images.py turn what --data names into memory-mapped arrays in a
-folder beside this file, and read batches from those alone. This file holds what both need.
+folder beside this file, and read batches from those alone. files.py decides which files are used and as what;
+tables.py reads those in hub form. This file holds what they share.
 
 A module of data/ has
     FACTS       names of fields of a model's Config that the data decides, such as vocab_size
+    NEEDS       names of fields that a model's Config must have, such as seq_len
     Settings    a dataclass, whose fields become flags; `data` is what --data names
     Data        Data(settings, device, seed), with
         settings, about       the Settings; facts for the checkpoint, among them "fingerprint" of the content
@@ -13,25 +15,35 @@ A module of data/ has
                               tensors with n rows each. train.py seeds torch's random numbers before each call.
                               text: places are drawn from that seed, and `index` is not looked at. images: the
                               examples follow from (seed, index) alone, and only augmentation is drawn.
-        held_out(n, config)   at most n examples (images: 0 are all) that are never trained on, always the same
+        held_out(n, config)   at most n examples (None: all) that are never trained on, always the same
 """
 import contextlib
+import errno
 import hashlib
 import json
 import re
+import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 
 DATA_DIR = Path(__file__).parent  # where prepared data goes
+FORMAT = 4  # of prepared folders: another number prepares anew
 BUILT_IN = {"stdlib": "text", "digits": "images"}
-HUB_FORM = (".parquet", ".arrow", ".jsonl", ".csv")  # a folder with such a file is read through `datasets`
-PATH = re.compile(r"^[./~]|/.*/|\.(txt|md|py|npz|csv|jsonl?|arrow|parquet)$")  # a name that is no hub id
+# a name with one of these is a path, and no id of the hub
+PATH = re.compile(r"^[./~]|/.*/|\.(txt|md|py|npz|csv|tsv|jsonl?|arrow|parquet)(\.gz|\.zst)?$")
 
 
 class UserError(Exception):
     """A mistake that the user can mend, told in one line."""
+
+
+def first_line(error):
+    """An error's kind, and the first line of what it says."""
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 @contextlib.contextmanager
@@ -39,62 +51,102 @@ def user_error(problem, kind=Exception):
     """Turn an error of this kind into a UserError: the problem, then the first line of the error."""
     try:
         yield
+    except (UserError, MemoryError):
+        raise
     except kind as e:
-        raise UserError(f"{problem} ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})") from None
+        if isinstance(e, OSError) and e.errno == errno.ENOMEM:
+            raise MemoryError(problem) from None
+        raise UserError(f"{problem} ({first_line(e)})") from None
 
 
 def local_path(source, kind):
     """The path that --data is, or None for stdlib, digits and hub ids. `kind` is what the model needs."""
     if BUILT_IN.get(source, kind) != kind:
         raise UserError(f"--data {source} is {BUILT_IN[source]}, but this model needs {kind}")
+    if source in BUILT_IN:
+        return None
     path = Path(source).expanduser()
-    if not source or PATH.search(source) and not path.exists():
+    if path.exists():
+        return path
+    if not source or PATH.search(source):
         raise UserError(f"--data {source}: there is no such file or folder")
-    return path if path.exists() and source not in BUILT_IN else None
+    return None
 
 
-def files_under(path):
-    paths = [] if path is None else path.rglob("*") if path.is_dir() else [path]
-    return sorted(p for p in paths if p.is_file())
+class Progress:
+    """How far long work is: tqdm's bar on a terminal, elsewhere a line a minute. Use it in a `with`."""
+
+    EVERY = 60  # seconds
+
+    def __init__(self, unit, total=None):
+        self.unit, self.total, self.done = unit, total, 0
+        self.began = self.told = time.time()
+        self.bar = None
+        if sys.stderr.isatty():
+            with contextlib.suppress(ImportError):  # it comes with `datasets`
+                from tqdm import tqdm
+                self.bar = tqdm(total=total, unit=f" {unit}", unit_scale=True, leave=False)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.close()
+
+    def add(self, n):
+        self.done += n
+        if self.bar is not None:
+            self.bar.update(n)
+        elif time.time() - self.told >= self.EVERY:
+            self.told = time.time()
+            print(self.line(self.told - self.began), flush=True)
+
+    def line(self, seconds):
+        speed = self.done / seconds
+        text = f"prepared {self.done:,} {self.unit}, {speed:,.0f} a second"
+        if self.total:
+            minutes = (self.total - self.done) / speed / 60
+            text += f", {100 * self.done / self.total:.0f} %, {minutes:.0f} min left"
+        return text
 
 
-def load_hub(source, path, split, streaming=False):
-    """[training split, held-out split if there is one] of a folder `path` or, if that is None, of the hub."""
-    problem = "cannot be loaded" if path else "is not on the disk, and asking the Hugging Face hub failed"
-    with user_error(f"--data {source} {problem}"):
-        import datasets
-        import huggingface_hub
-        if path is None and not datasets.config.HF_HUB_OFFLINE:
-            # ask once whether it is there: load_dataset repeats a request that fails for half a minute
-            huggingface_hub.HfApi().dataset_info(source, timeout=10)
-        found = datasets.load_dataset(str(path or source), streaming=streaming)
-    if split not in found:
-        raise UserError(f"--data {source} has no --split {split!r}; choose one of {', '.join(found)}")
-    held_out = [s for s in ("validation", "valid", "val", "test") if s in found and s != split]
-    return [found[s] for s in (split, *held_out[:1])]
+def prepared(name, settings, stamps, build):
+    """(facts, {name: memory-mapped array}) of prepared data, from a folder for these settings and files.
 
-
-def prepared(source, path, files, settings, build):
-    """(facts, {name: memory-mapped array}) of a source, from a folder for its settings and files. If there is
-    none, build(scratch folder) returns both; they are written to another folder, renamed when complete."""
-    about = {"source": path.resolve().name if path else source} | settings
-    stamps = [(p.parent.name, p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = hashlib.sha256(json.dumps([3, about, stamps]).encode()).hexdigest()[:12]  # 3: the format's version
-    folder = DATA_DIR / re.sub(r"[^A-Za-z0-9.]+", "-", f"{about['source']}-{key}")
+    name: of the source; stamps: what changes with the content, such as names, sizes and times of files. If there
+    is no such folder, build(scratch folder) returns facts and arrays; they are written to another folder, renamed
+    when complete. Raises UserError."""
+    about = {"source": name} | settings
+    key = hashlib.sha256(json.dumps([FORMAT, about, stamps]).encode()).hexdigest()[:12]
+    folder = DATA_DIR / re.sub(r"[^A-Za-z0-9.]+", "-", f"{name}-{key}")
     if not folder.exists():
         print(f"preparing {folder}", flush=True)
-        with (user_error(f"cannot prepare {folder}", OSError),
-              tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=DATA_DIR) as scratch):
-            part = Path(scratch) / "part"
-            part.mkdir()
-            facts, arrays = build(Path(scratch))
-            digests = [hashlib.sha256(np.ascontiguousarray(a)).hexdigest() for a in arrays.values()]
-            facts["fingerprint"] = "".join(digest[:32 // len(arrays)] for digest in digests)
-            (part / "meta.json").write_text(json.dumps(about | facts))
-            for name, array in arrays.items():
-                np.save(part / f"{name}.npy", array)
-            with contextlib.suppress(OSError):  # another process was faster
-                part.rename(folder)
-    with user_error(f"{folder} is damaged; delete that folder and run again"):
-        arrays = {p.stem: np.load(p, mmap_mode="c") for p in folder.glob("*.npy")}
-        return json.loads((folder / "meta.json").read_text()), arrays
+        write_prepared(folder, about, build)
+    try:
+        facts = json.loads((folder / "meta.json").read_text())
+        # mapped read-only: they may be larger than memory
+        return facts, {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
+    except (OSError, ValueError) as e:
+        if getattr(e, "errno", None) == errno.ENOMEM:
+            raise MemoryError(f"to map {folder}") from None
+        raise UserError(f"{folder} is damaged; delete that folder and run again ({first_line(e)})") from None
+
+
+def write_prepared(folder, about, build):
+    with (user_error(f"cannot prepare {folder}", OSError),
+          tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=DATA_DIR) as scratch):
+        part = Path(scratch) / "part"
+        part.mkdir()
+        facts, arrays = build(Path(scratch))
+        digests = []
+        for name in list(arrays):
+            array = arrays.pop(name)  # one at a time; an array that is mapped must be let go before its file
+            digests.append(hashlib.sha256(np.ascontiguousarray(array)).hexdigest())
+            np.save(part / f"{name}.npy", array)
+            del array
+        n_digits = 32 // len(digests)
+        facts["fingerprint"] = "".join(digest[:n_digits] for digest in digests)
+        (part / "meta.json").write_text(json.dumps(about | facts))
+        with contextlib.suppress(OSError):  # another process was faster
+            part.rename(folder)

@@ -1,24 +1,34 @@
-"""Images (N, C, H, W) as bytes, or latents as floats, with labels (N,). Held out is a dataset's validation or
-test split, or a tenth of each class if it has none."""
+"""Images (N, C, H, W) as bytes, or latents as floats, with labels (N,).
+
+Held out is a validation or test split, or the split that --held-out names, or else a tenth of each class."""
+import contextlib
 import functools
+import io
 import operator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
 
-from data import UserError, files_under, load_hub, local_path, prepared, user_error
+from data import Progress, UserError, local_path, prepared, user_error
 from data.augment import AUGMENTATIONS
+from data.files import (IMAGE_SUFFIXES, choose, class_folders, form, listing, natural, other_kind, suffix,
+                        table_splits)
+from data.tables import LocalTable, hub_tables
 from diffusion_blocks import seed_of, to_device
 
 FACTS = ("image_size", "n_channel", "n_class", "data_mean", "data_std")  # of a Config, decided by the data
+NEEDS = ("image_size", "n_channel")  # fields of a Config that it must have
 
 
 @dataclass
 class Settings:
-    data: str = "digits"    # digits, a hub id, a folder in hub form or of images by class, an .npz of latents
+    data: str = "digits"    # digits, a folder of images by class, a file or folder in hub form, a hub id, or an .npz
+    config: str = ""        # configuration of a dataset of the hub that has several
     split: str = "train"    # split of a dataset to train on
+    held_out: str = ""      # split that is held out; empty: validation or test, or else a tenth of each class
     image_column: str = ""  # column that holds the images; empty: the one whose type is image
     label_column: str = ""  # column that holds the labels; empty: the class label with most classes
     augment: str = "none"   # none, or any of crop, flip, rand (RandAugment), joined by commas
@@ -32,70 +42,287 @@ def shuffled(n, seed, part):
 
 def on_scale(images):
     """Bytes 0..255 to [-1, 1]; latents stay as they are. Arrays and tensors alike."""
-    return images if images.dtype.itemsize > 1 else images / 127.5 - 1
+    if images.dtype.itemsize > 1:
+        return images
+    return images / 127.5 - 1
 
 
-def read_digits(settings, path):
+# ---- Sources: each has examples, one after another --------------------------------------------------------
+
+@dataclass
+class Examples:
+    """All examples of a source; those that are held out come last."""
+    n: int              # how many
+    n_train: int        # how many of them are to train on; n if the source has no held-out split
+    rows: Callable      # rows() yields (image (C, H, W), label, whether it is grey) n times
+    names: list | None = None  # of the classes
+
+
+@dataclass
+class Source:
+    """What --data names, and how to read it."""
+    name: str
+    choice: dict     # settings that decide the content
+    stamps: list     # names, sizes and times of its files
+    used: str        # the files that are used, in words
+    read: Callable   # read() returns its Examples
+
+
+def find_source(settings):
+    """The Source that settings name. Raises UserError."""
+    path = local_path(settings.data, "images")
+    if settings.data == "digits":
+        return Source("digits", {}, [], "built in", read_digits)
+    if path is None:
+        return hub_source(settings)
+    found = listing(path)
+    name = path.resolve().name
+    if path.is_file() and path.suffix.lower() == ".npz":
+        return Source(name, {}, found.stamps(), found.describe(), functools.partial(read_latents, path))
+    tables = [file for file in found.files if form(file or path.name) in ("parquet", "arrow")]
+    pictures = [file for file in found.files if suffix(file) in IMAGE_SUFFIXES]
+    if tables and pictures:
+        raise UserError(f"--data {path}: there are images, such as {pictures[0]}, and tables, such as {tables[0]}; "
+                        f"name one of them, or a folder with one kind")
+    if tables:
+        return tables_source(settings, name, found.keep(tables + ["README.md"], other_kind))
+    if pictures:
+        return folders_source(settings, name, found.keep(pictures, other_kind))
+    raise UserError(f"--data {path}: there are no images, and no .parquet or .arrow files: "
+                    f"{found.keep([], other_kind).describe()}")
+
+
+def read_digits():
     images, labels, held_out = np.load(Path(__file__).parent / "digits.npz").values()
     images = np.rint(images[:, None] * (255 / 16)).astype(np.uint8)  # from 17 levels of grey
-    return images, labels.astype(np.int64), held_out, None
+    order = np.argsort(held_out, kind="stable")  # those that are held out come last
+
+    def rows():
+        for i in order:
+            yield images[i], int(labels[i]), True
+    return Examples(len(images), int((~held_out).sum()), rows)
 
 
-def read_latents(settings, path):
-    with user_error(f"{path} must hold latents, finite (N, C, H, H) with C not 1 or 3, and labels, integers "
-                    f"(N,), and may hold val_latents and val_labels"), np.load(path) as file:
-        parts = ("", "val_") if "val_latents" in file else ("",)
-        images, labels = (np.concatenate([file[p + k] for p in parts]) for k in ("latents", "labels"))
-        held_out = np.arange(len(images)) >= len(file["latents"]) if "val_latents" in file else None
-        n, channels, height, width = images.shape
-        if channels in (1, 3) or height != width or labels.shape != (n,) or not np.isfinite(images).all():
-            raise ValueError(f"latents {images.shape}, labels {labels.shape}")
-        return images.astype(np.float32), labels.astype(np.int64, casting="same_kind"), held_out, None
+def read_latents(path):
+    problem = (f"{path} must hold latents, finite (N, C, H, H) with C not 1 or 3, and labels, integers (N,), and may "
+               f"hold val_latents and val_labels")
+    with user_error(problem):
+        file = np.load(path)
+        parts = [("latents", "labels")]
+        if "val_latents" in file:
+            parts.append(("val_latents", "val_labels"))
+        all_labels = []
+        for _, name in parts:
+            all_labels.append(file[name].astype(np.int64, casting="same_kind"))
+
+    def rows():
+        for (name, _), labels in zip(parts, all_labels):
+            with user_error(problem):
+                images = file[name]  # one part in memory at a time
+                n, channels, height, width = images.shape
+                if channels in (1, 3) or height != width or labels.shape != (n,):
+                    raise ValueError(f"{name} {images.shape}, labels {labels.shape}")
+                for image, label in zip(images, labels.tolist()):
+                    if not np.isfinite(image).all():
+                        raise ValueError(f"a number in {name} is not finite")
+                    yield image.astype(np.float32), label, False
+    return Examples(sum(map(len, all_labels)), len(all_labels[0]), rows)
 
 
-def read_hub(settings, path):
-    splits = load_hub(settings.data, path, settings.split)
+def decode(file, where, size=None):
+    """An image file as bytes (3, H, W), and whether it is grey. size: the (3, H, W) that it must have."""
+    from PIL import Image, ImageOps
+    with user_error(f"{where} cannot be read as an image"):
+        picture = ImageOps.exif_transpose(Image.open(file))  # as the camera was held
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            # what transparent pixels hide is not shown anywhere: they become white
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+        pixels = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    shape = f"{picture.width} x {picture.height} pixels, mode {picture.mode}"
+    if picture.mode[0] in "IF" or picture.width != picture.height:
+        raise UserError(f"{where}: images must be square and have 8 bits a channel, but this one has {shape}")
+    if size is not None and pixels.shape != size:
+        raise UserError(f"{where}: all images must be of one size, {size[2]} x {size[1]}, but this one has {shape}")
+    return pixels, picture.mode in ("1", "L")
+
+
+def folders_source(settings, name, files):
+    """Images in folders by class."""
+    splits = class_folders(files)
+    train, val = choose(splits, settings.data, settings.split, settings.held_out)
+    pairs = splits[train] + splits.get(val, [])
+    classes = sorted({of for _, of in pairs}, key=natural)
+    inside = {file for own in splits.values() for file, _ in own}
+    files = files.keep(inside, lambda file: "outside class folders")
+    files = files.keep([file for file, _ in pairs], lambda file: "of other splits")
+
+    def rows():
+        size = None
+        for file, of in pairs:
+            image, is_grey = decode(files.path(file), file, size)
+            size = image.shape
+            yield image, classes.index(of), is_grey
+
+    def read():
+        return Examples(len(pairs), len(splits[train]), rows, classes)
+    choice = {"split": settings.split, "held_out": settings.held_out}
+    return Source(name, choice, files.stamps(), f"{files.describe()} in {len(classes):,} class folders", read)
+
+
+def table_choice(settings):
+    return {k: getattr(settings, k) for k in ("config", "split", "held_out", "image_column", "label_column")}
+
+
+def tables_source(settings, name, files):
+    files, splits = table_splits(files, settings.config)
+    used = files.keep([file for own in splits.values() for file in own], other_kind)
+    tables = {split: LocalTable(used, own) for split, own in splits.items()}
+    return Source(name, table_choice(settings), used.stamps(), used.describe(),
+                  lambda: read_tables(settings, tables))
+
+
+def hub_source(settings):
+    return Source(settings.data, table_choice(settings), [], "a dataset of the hub",
+                  lambda: read_tables(settings, hub_tables(settings, streaming=False)))
+
+
+def columns_of(settings, features):
+    """(image column, label column) of a table. Raises UserError."""
     import datasets
-    kinds = splits[0].features
-    images = [k for k in kinds if isinstance(kinds[k], datasets.Image)]
-    classes = [k for k in kinds if isinstance(kinds[k], datasets.ClassLabel)]
-    classes.sort(key=lambda k: -kinds[k].num_classes)  # the finest first: CIFAR-100 has superclasses, too
-    image, label = settings.image_column or [*images, ""][0], settings.label_column or [*classes, ""][0]
-    pixels, labels, grey = [], [], True
-    for split, row in ((split, row) for split in splits for row in range(len(split))):
-        with user_error(f"{settings.data}, {split.split}, row {row}: of {[*kinds]}, --image-column {image!r} "
-                        f"must hold square 8-bit images of one size, --label-column {label!r} classes"):
-            cells = split[row]
-            picture = cells[image]
-            pixels.append(np.asarray(picture.convert("RGB")))
-            labels.append(operator.index(cells[label]))
-            grey = grey and picture.mode in ("1", "L")
-            if picture.size != (len(pixels[0]),) * 2 or picture.mode[0] in "IF":
-                raise ValueError(f"{picture.width} x {picture.height} pixels, mode {picture.mode}")
-    held_out = np.arange(len(labels)) >= len(splits[0]) if splits[1:] else None
-    images = np.stack(pixels).transpose(0, 3, 1, 2)[:, :1 if grey else 3]
-    return images, np.array(labels), held_out, getattr(kinds[label], "names", None)
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    classes.sort(key=lambda name: -features[name].num_classes)  # the finest first: CIFAR-100 has superclasses, too
+    chosen = []
+    for typed, found, flag in ((settings.image_column, images, "--image-column"),
+                               (settings.label_column, classes, "--label-column")):
+        if typed and typed not in features:
+            raise UserError(f"--data {settings.data} has no column {typed!r} ({flag}); it has {', '.join(features)}")
+        if not typed and not found:
+            raise UserError(f"--data {settings.data}: no column is known to hold what {flag} names; choose one of "
+                            f"{', '.join(map(repr, features))} with it")
+        chosen.append(typed or found[0])
+    return chosen
 
 
-def complete(images, labels, held_out, names):
-    """(facts, arrays) of a reader's images, labels, mask (N,) of those held out and class names, if any."""
-    if held_out is None or not held_out.any():  # a tenth of each class, one image at least
-        held_out = np.zeros(len(labels), dtype=bool)
-        for own in (np.flatnonzero(labels == c) for c in np.unique(labels)):
-            held_out[own[shuffled(len(own), 0, "held out")[:max(1, len(own) // 10)]]] = True
-    arrays = {"train_images": images[~held_out], "train_labels": labels[~held_out],
-              "val_images": images[held_out], "val_labels": labels[held_out]}
-    names = names or [str(c) for c in range(min(labels.max(), len(labels)) + 1)]
-    classes = set(range(len(names)))
-    wrong = set(labels.tolist()) - classes or classes - set(arrays["train_labels"].tolist())
-    if wrong:
-        raise UserError(f"labels must be 0 to {max(classes)}, each with a training image; see {min(wrong)}")
-    scaled = (on_scale(x).astype(np.float64) for x in arrays["train_images"])
-    mean, square = np.mean([(x.mean(), np.square(x).mean()) for x in scaled], axis=0).tolist()
-    return {"train": int((~held_out).sum()), "val": int(held_out.sum()), "names": names,
+def read_tables(settings, tables):
+    """The Examples of tables {split: table}. A split without labels (-1) is not held out, unless it is asked for."""
+    train, val = choose(tables, settings.data, settings.split, settings.held_out)
+    features = tables[train].features()
+    image, label = columns_of(settings, features)
+    while val and not settings.held_out and not has_labels(tables[val], label):
+        print(f"note: split {val!r} has no labels, so it is not held out", flush=True)
+        tables = {split: table for split, table in tables.items() if split != val}
+        train, val = choose(tables, settings.data, settings.split, "")
+    used = [tables[train]] + ([tables[val]] if val else [])
+    sizes = [len(labels_of(table, label)) for table in used]
+
+    def rows():
+        size = None
+        for table in used:
+            for where, row in table.rows([image, label]):
+                with user_error(f"{where}: --label-column {label} must hold classes, whole numbers"):
+                    number = operator.index(row[label])
+                pixels, is_grey = decode(file_of(row[image], where, image), where, size)
+                size = pixels.shape
+                yield pixels, number, is_grey
+    return Examples(sum(sizes), sizes[0], rows, getattr(features[label], "names", None))
+
+
+def file_of(cell, where, column):
+    """What Image.open takes, of a cell of an image column."""
+    if isinstance(cell, dict) and cell.get("bytes"):
+        return io.BytesIO(cell["bytes"])
+    if isinstance(cell, dict) and cell.get("path"):
+        return cell["path"]
+    raise UserError(f"{where}: --image-column {column} holds no image")
+
+
+def labels_of(table, column):
+    return [row[column] for _, row in table.rows([column])]
+
+
+def has_labels(table, column):
+    return all(isinstance(label, int) and label >= 0 for label in labels_of(table, column))
+
+
+# ---- Preparing --------------------------------------------------------------------------------------------
+
+def store(examples, scratch, progress):
+    """(facts, {name: array}) of examples, by way of a mapped file: memory stays constant."""
+    images, labels, grey = None, np.empty(examples.n, np.int64), True
+    for i, (image, label, is_grey) in enumerate(examples.rows()):
+        if images is None:
+            shape = (examples.n, *image.shape)
+            images = np.lib.format.open_memmap(scratch / "images.npy", "w+", image.dtype, shape)
+        images[i], labels[i] = image, label
+        grey = grey and is_grey
+        progress.add(1)
+    if images is None:
+        raise UserError("there are no images")
+    if grey:
+        images = images[:, :1]
+
+    held_out = np.arange(examples.n) >= examples.n_train
+    if not held_out.any():
+        held_out = tenth_of_each_class(labels)
+    names = examples.names or [str(c) for c in range(min(labels.max(), examples.n) + 1)]
+    refuse_labels(labels, held_out, names)
+    arrays = {}
+    for split, chosen in (("train", np.flatnonzero(~held_out)), ("val", np.flatnonzero(held_out))):
+        arrays[f"{split}_images"] = taken(images, chosen, scratch / f"{split}.npy")
+        arrays[f"{split}_labels"] = labels[chosen]
+    mean, std = statistics_of(arrays["train_images"])
+    return {"train": len(arrays["train_labels"]), "val": len(arrays["val_labels"]), "names": names,
             "n_class": len(names), "n_channel": images.shape[1], "image_size": images.shape[2],
-            "data_mean": round(mean, 6), "data_std": round((square - mean ** 2) ** 0.5, 6)}, arrays
+            "data_mean": mean, "data_std": std}, arrays
 
+
+def tenth_of_each_class(labels):
+    """A mask (N,) of a tenth of each class, one example at least, the same every time."""
+    held_out = np.zeros(len(labels), dtype=bool)
+    for c in np.unique(labels):
+        own = np.flatnonzero(labels == c)
+        held_out[own[shuffled(len(own), 0, "held out")[:max(1, len(own) // 10)]]] = True
+    return held_out
+
+
+def refuse_labels(labels, held_out, names):
+    """Raises UserError unless labels are 0 to len(names) - 1, each with an example to train on."""
+    wrong = set(labels.tolist()) - set(range(len(names)))
+    if wrong:
+        raise UserError(f"labels must be 0 to {len(names) - 1}; there is {min(wrong)}")
+    untrained = set(range(len(names))) - set(labels[~held_out].tolist())
+    if untrained:
+        c = min(untrained)
+        raise UserError(f"labels must be 0 to {len(names) - 1}, each with an image to train on and one held out; "
+                        f"class {c} ({names[c]}) has {(labels == c).sum()}, none of them to train on")
+
+
+def taken(images, rows, path):
+    """The given rows of a mapped array: a part of it if they lie together there, else copied into a file."""
+    if images.flags.c_contiguous and len(rows) == rows[-1] + 1 - rows[0]:
+        return images[rows[0]:rows[-1] + 1]
+    new = np.lib.format.open_memmap(path, "w+", images.dtype, (len(rows), *images.shape[1:]))
+    for start in range(0, len(rows), 1024):
+        new[start:start + 1024] = images[rows[start:start + 1024]]
+    return new
+
+
+def statistics_of(images):
+    """(mean, standard deviation) of all pixels on their scale, rounded to six digits."""
+    moments = []
+    for image in images:
+        image = on_scale(image).astype(np.float64)
+        moments.append((image.mean(), np.square(image).mean()))
+    mean, square = np.mean(moments, axis=0).tolist()
+    std = round(max(0.0, square - mean ** 2) ** 0.5, 6)
+    if std == 0:
+        raise UserError("all pixels of all images have the same value: there is nothing to learn")
+    return round(mean, 6), std
+
+
+# ---- Batches ----------------------------------------------------------------------------------------------
 
 class Data:
     """Images and labels: shuffled epochs to train on, one fixed order to evaluate. Read when first needed."""
@@ -108,32 +335,65 @@ class Data:
         self.augment = {name: change for name, change in AUGMENTATIONS.items() if name in chosen}
 
     @functools.cached_property
-    def stored(self):
-        """(facts, {name: tensor}): moved to a GPU once; on the CPU they stay memory-mapped."""
-        source, path = self.settings.data, local_path(self.settings.data, "images")
-        read = read_digits if source == "digits" else read_latents if source.endswith(".npz") else read_hub
-        choice = {k: getattr(self.settings, k) for k in ("split", "image_column", "label_column")}
-        facts, arrays = prepared(source, path, files_under(path), choice,
-                                 lambda folder: complete(*read(self.settings, path)))
-        return facts, {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+    def source(self):
+        return find_source(self.settings)
 
-    names = property(lambda self: self.stored[0]["names"])  # of the classes
-    about = property(lambda self: {k: v for k, v in self.stored[0].items() if k != "names"})
-    facts = property(lambda self: {k: self.stored[0][k] for k in FACTS})
+    @functools.cached_property
+    def stored(self):
+        """(facts, {name: array}), prepared if need be: see `about`, `names` and `arrays`."""
+        def build(scratch):
+            examples = self.source.read()
+            with Progress("images", examples.n) as progress:
+                return store(examples, scratch, progress)
+        return prepared(self.source.name, self.source.choice, self.source.stamps, build)
+
+    @property
+    def names(self):
+        """Of the classes."""
+        return self.stored[0]["names"]
+
+    def class_names(self, n):
+        """Names of n classes; where the data are not there, or are others, their numbers."""
+        with contextlib.suppress(UserError):
+            if len(self.names) == n:
+                return self.names
+        return [str(c) for c in range(n)]
+
+    @property
+    def about(self):
+        return {name: value for name, value in self.stored[0].items() if name != "names"}
+
+    @property
+    def facts(self):
+        return {name: self.about[name] for name in FACTS}
+
+    @functools.cached_property
+    def arrays(self):
+        """{name: array}: mapped on the CPU, tensors that were moved once on another device."""
+        arrays = self.stored[1]
+        if self.device.type == "cpu":
+            return arrays
+        return {name: torch.from_numpy(np.array(array)).to(self.device) for name, array in arrays.items()}
 
     def describe(self):
-        return ("{source}, {train:,} images to train on, {val:,} held out, {n_channel} x {image_size} x "
-                "{image_size}, {n_class} classes, augmentation {}, fingerprint {fingerprint:.12}").format(
-                    ",".join(self.augment) or "none", **self.about)
+        about = self.about
+        augment = ",".join(self.augment) or "none"
+        return (f"{about['source']}, {self.source.used}, {about['train']:,} images to train on, {about['val']:,} held "
+                f"out, {about['n_channel']} x {about['image_size']} x {about['image_size']}, {about['n_class']} classes, "
+                f"augmentation {augment}, fingerprint {about['fingerprint'][:12]}")
 
-    def length(self, config):  # examples in an epoch
-        return self.stored[0]["train"]
+    def length(self, config):
+        """Examples in an epoch."""
+        return self.about["train"]
 
     def fetch(self, split, rows):
         """Images (n, C, H, W), float32 in [-1, 1] or latents, and labels (n,) of rows (n,), on the device."""
+        images, labels = self.arrays[f"{split}_images"], self.arrays[f"{split}_labels"]
+        if self.device.type == "cpu":
+            rows = rows.numpy()
+            return on_scale(torch.from_numpy(images[rows])), torch.from_numpy(labels[rows])
         rows = to_device(rows, self.device)
-        images, labels = (self.stored[1][f"{split}_{kind}"][rows] for kind in ("images", "labels"))
-        return on_scale(images), labels
+        return on_scale(images[rows]), labels[rows]
 
     def batch(self, n, config, index):
         """Images (n, C, H, W) and labels (n,): places index * n onwards in an endless row of epochs, each the
@@ -141,16 +401,22 @@ class Data:
         torch's CPU random stream."""
         size = self.length(config)
         epochs, places = np.divmod(np.arange(index * n, (index + 1) * n), size)
-        rows = torch.cat([shuffled(size, self.seed, f"epoch {epoch}")[places[epochs == epoch]]
-                          for epoch in np.unique(epochs)])
-        images, labels = self.fetch("train", rows)
+        rows = []
+        for epoch in np.unique(epochs):
+            order = shuffled(size, self.seed, f"epoch {epoch}")
+            rows.append(order[places[epochs == epoch]])
+        images, labels = self.fetch("train", torch.cat(rows))
         for change in self.augment.values():
             images = change(images)
         return images, labels
 
-    def fixed(self, split, n):
-        """The first n images (0: all) and labels of a split, in one shuffled order; never augmented."""
-        return self.fetch(split, shuffled(self.stored[0][split], 0, "held out")[:n or None])
+    def fixed(self, split, n=None):
+        """The first n images and labels of a split (or all), in one shuffled order; never augmented."""
+        rows = shuffled(self.about[split], 0, "held out")
+        if n:
+            rows = rows[:n]
+        return self.fetch(split, rows)
 
     def held_out(self, n, config):
+        """At most n images (None: all) and labels that are never trained on, always the same."""
         return self.fixed("val", n)

@@ -1,30 +1,41 @@
-"""Text: tokens to train on and held-out ones. Held out is a dataset's validation or test split, or else every
-100th document; every tenth of ten files or more; the last tenth of fewer files."""
+"""Text: tokens to train on and held-out ones.
+
+Held out is a validation or test split, or the split that --held-out names. Where there is none, it is every tenth of
+ten text files or more, every 100th of a hundred documents or more in hub form, and else the last tenth of all."""
+import codecs
 import functools
+import itertools
+import os
 import platform
 import re
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 import torch
 
-from data import HUB_FORM, UserError, files_under, load_hub, local_path, prepared, user_error
+from data import Progress, UserError, local_path, prepared, user_error
+from data.files import Listing, choose, form, listing, other_kind, splits_by_name, table_files, table_splits
+from data.tables import LocalTable, hub_tables
 from diffusion_blocks import to_device
 
 FACTS = ("vocab_size",)  # fields of a model's Config that the data decides
-# a megabyte of text, up to white space after a word, within which GPT-2's encoding has no token; or the rest
-CHUNK = re.compile(rb".{1048576}.*?(?<![ \n])(?=[ \n])|.+", re.DOTALL)
+NEEDS = ("seq_len",)     # fields that it must have
 
 
 @dataclass
 class Settings:
-    data: str = "stdlib"      # stdlib, a text file, a folder of .txt files or in hub form, or a hub id
+    data: str = "stdlib"      # stdlib, a text file, a folder of .txt files, a file or folder in hub form, or a hub id
+    config: str = ""          # configuration of a dataset of the hub that has several
     split: str = "train"      # split of a dataset to train on
+    held_out: str = ""        # split that is held out; empty: validation or test, or else a part of --split
     column: str = "text"      # column of a dataset that holds the text
     tokenizer: str = "bytes"  # bytes, or a tiktoken encoding such as gpt2
 
+
+# ---- Tokens -----------------------------------------------------------------------------------------------
 
 @dataclass
 class Tokenizer:
@@ -38,63 +49,317 @@ class Tokenizer:
             import tiktoken
             return tiktoken.get_encoding(self.name)
 
-    n_vocab = property(lambda self: 256 if self.name == "bytes" else self.encoding.n_vocab)
+    @property
+    def n_vocab(self):
+        if self.name == "bytes":
+            return 256
+        return self.encoding.n_vocab
 
     def encode(self, text):
         """str or bytes -> 1-d integer array of token ids."""
-        text = text.encode() if isinstance(text, str) else text
+        text = text.encode(errors="replace") if isinstance(text, str) else text
+        return self.encode_all([text])[0]
+
+    def encode_all(self, texts):
+        """A list of bytes -> a list of 1-d integer arrays, by all cores. Bytes must be UTF-8 for an encoding."""
         if self.name == "bytes":
-            return np.frombuffer(text, dtype=np.uint8)
-        return np.array(self.encoding.encode_ordinary(text.decode(errors="replace")), dtype=np.uint32)
+            return [np.frombuffer(text, dtype=np.uint8) for text in texts]
+        texts = [text.decode() for text in texts]
+        ids = self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
+        return [np.array(own, dtype=np.uint32) for own in ids]
+
+    def bytes_of(self, ids):
+        """The bytes that ids stand for; an id that has no token is the character for what is unknown."""
+        if self.name == "bytes":
+            return bytes(int(i) for i in ids)
+        found = []
+        for i in ids:
+            try:
+                found.append(self.encoding.decode_single_token_bytes(int(i)))
+            except KeyError:
+                found.append("\N{REPLACEMENT CHARACTER}".encode())
+        return b"".join(found)
 
     def decode(self, ids):
-        ids = [int(i) for i in ids]
-        return bytes(ids).decode(errors="replace") if self.name == "bytes" else self.encoding.decode(ids)
+        return self.bytes_of(ids).decode(errors="replace")
 
 
-def stdlib_files():
+PIECE = 2 ** 20  # bytes that are tokenized together, if there is white space to cut at
+LONGEST = 16 * PIECE  # bytes without white space after which a text is cut anyway
+# before white space that follows a word GPT-2's encoding has no token that goes on
+BOUNDARY = re.compile(rb"(?<![ \n])(?=[ \n])")
+
+
+def pieces(blocks):
+    """Cuts a document, which comes in blocks of bytes, into pieces of about a megabyte. The tokens of the pieces are
+    those of the document as a whole. So memory stays constant, however large it is."""
+    text = b""
+    for block in blocks:
+        text += block
+        while len(text) > PIECE + 1:
+            found = BOUNDARY.search(text, PIECE)
+            if found:
+                cut = found.start()
+            elif len(text) > LONGEST:
+                cut = between_characters(text, len(text) // 2)
+            else:
+                break
+            yield text[:cut]
+            text = text[cut:]
+    if text:
+        yield text
+
+
+def between_characters(text, place):
+    """The first place from here on that is not within a character of UTF-8."""
+    while place < len(text) and text[place] & 0b11000000 == 0b10000000:
+        place += 1
+    return place
+
+
+# ---- Documents: (split, blocks of bytes) ------------------------------------------------------------------
+
+def stdlib_listing():
     """The running Python's own library, without its tests, which not every machine has."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
-    files = [p for top in root.iterdir() if top.name not in skip for p in files_under(top)]
-    return sorted(p for p in files if p.suffix == ".py" and not skip & set(p.relative_to(root).parts))
+    paths = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in skip]
+        paths += [Path(folder, name) for name in names if name.endswith(".py")]
+    return Listing(root, [p.relative_to(root).as_posix() for p in sorted(paths)])
 
 
-def file_documents(files):
-    """Yields (split, document) of text files."""
-    documents = (p.read_bytes() for p in files)
-    if len(files) >= 10:
-        yield from (("val" if i % 10 == 9 else "train", document) for i, document in enumerate(documents))
+def read_blocks(path, is_utf8=False):
+    """The bytes of a file, in blocks. With is_utf8, raises UserError where they are not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    place = 0
+    with user_error(f"{path} cannot be read", OSError), open(path, "rb") as file:
+        while True:
+            block = file.read(PIECE)
+            if is_utf8:
+                pending = len(decoder.getstate()[0])  # bytes of a character that the last block began
+                try:
+                    decoder.decode(block, final=not block)
+                except UnicodeDecodeError as e:
+                    raise UserError(f"{path} is not UTF-8 at byte {place - pending + e.start}; convert it (iconv -f "
+                                    f"LATIN1 -t UTF-8), or train with --tokenizer bytes") from None
+            if not block:
+                return
+            yield block
+            place += len(block)
+
+
+def joined(paths, is_utf8):
+    """The blocks of files, one after another, with a line end between two."""
+    for i, path in enumerate(paths):
+        if i > 0:
+            yield b"\n"
+        yield from read_blocks(path, is_utf8)
+
+
+def cut_in_two(blocks, cut):
+    """The documents "train", the first `cut` bytes, and "val", the rest. The cut falls between characters."""
+    blocks = iter(blocks)
+    rest = []
+
+    def first():
+        place = 0
+        for block in blocks:
+            if place + len(block) > cut:
+                block += next(blocks, b"")  # a character may go on there
+                end = between_characters(block, cut - place)
+                rest.append(block[end:])
+                yield block[:end]
+                return
+            place += len(block)
+            yield block
+
+    yield "train", first()
+    yield "val", itertools.chain(rest, blocks)
+
+
+def file_documents(paths, is_utf8=False):
+    """Documents of text files without splits: every tenth file is held out, or the last tenth of all."""
+    if len(paths) >= 10:
+        for i, path in enumerate(paths):
+            yield "val" if i % 10 == 9 else "train", read_blocks(path, is_utf8)
     else:
-        text = b"\n".join(documents)
-        cut = len(text) * 9 // 10
-        yield from (("train", text[:cut]), ("val", text[cut:]))
+        n_bytes = sum(path.stat().st_size for path in paths) + len(paths) - 1
+        yield from cut_in_two(joined(paths, is_utf8), n_bytes * 9 // 10)
 
 
-def hub_documents(settings, path):
-    """Yields (split, document) of a dataset, which is streamed."""
-    datasets = load_hub(settings.data, path, settings.split, streaming=True)
-    for split, dataset in zip(("train", "val"), datasets):
-        for i, row in enumerate(dataset):
-            with user_error(f"{settings.data}, row {i}: no text in --column {settings.column} of {[*row]}"):
-                document = row[settings.column].encode()
-            yield "val" if len(datasets) == 1 and i % 100 == 99 else split, document
+def split_documents(train, val, is_utf8=False):
+    """Documents of text files with splits."""
+    for path in train:
+        yield "train", read_blocks(path, is_utf8)
+    for path in val:
+        yield "val", read_blocks(path, is_utf8)
 
 
-def tokenize(documents, tokenizer, scratch):
+def table_texts(table, column, left_out):
+    """The texts of a table, as bytes. Rows that hold none are counted in left_out, a list of places."""
+    for where, row in table.rows([column]):
+        if column not in row:
+            raise UserError(f"{where} has no column {column!r}; it has {', '.join(map(str, row))}; choose one with "
+                            f"--column")
+        text = row[column]
+        if text is None:
+            left_out.append(where)
+            continue
+        if not isinstance(text, str):
+            raise UserError(f"{where}: column {column!r} holds no text, but {type(text).__name__}")
+        with user_error(f"{where} is no valid text", UnicodeEncodeError):
+            yield text.encode()
+
+
+def table_documents(train, val, column, left_out):
+    """Documents of a table, and of the one that is held out, if there is one."""
+    texts = table_texts(train, column, left_out)
+    if val is not None:
+        yield from (("train", [text]) for text in texts)
+        yield from (("val", [text]) for text in table_texts(val, column, left_out))
+        return
+    first = list(itertools.islice(texts, 100))
+    if len(first) < 100:
+        text = b"\n".join(text for text in first if text)
+        yield from cut_in_two([text], len(text) * 9 // 10)
+        return
+    for i, text in enumerate(itertools.chain(first, texts)):
+        yield "val" if i % 100 == 99 else "train", [text]
+
+
+# ---- Preparing --------------------------------------------------------------------------------------------
+
+AT_ONCE = 16 * PIECE  # bytes that are given to all cores together
+
+
+def tokenize(documents, tokenizer, scratch, progress):
     """(facts, {split: token ids}) of documents, with a line end between two, by way of files in a folder."""
-    n_bytes, dtype = {"train": 0, "val": 0}, np.min_scalar_type(tokenizer.n_vocab - 1)
-    with open(scratch / "train", "wb") as train, open(scratch / "val", "wb") as val:
-        for split, document in documents:
-            for chunk in ([b"\n"] if n_bytes[split] and document else []) + CHUNK.findall(document):
-                (train if split == "train" else val).write(tokenizer.encode(chunk).astype(dtype))
-                n_bytes[split] += len(chunk)
-    if not all(n_bytes.values()):
-        raise UserError(f"too little text; bytes found (of a folder, in .txt files): {n_bytes}")
-    ids = {split: np.memmap(scratch / split, dtype, "r") for split in n_bytes}
-    return {"train": len(ids["train"]), "val": len(ids["val"]), "vocab_size": tokenizer.n_vocab,
-            "bytes_per_token": n_bytes["val"] / len(ids["val"])}, ids
+    dtype = np.min_scalar_type(tokenizer.n_vocab - 1)
+    n_bytes = {"train": 0, "val": 0}
+    files = {split: open(scratch / split, "wb") for split in n_bytes}
+    waiting = []  # (split, piece)
 
+    def write():
+        for (split, _), ids in zip(waiting, tokenizer.encode_all([piece for _, piece in waiting])):
+            files[split].write(ids.astype(dtype))
+        waiting.clear()
+
+    try:
+        n_waiting = 0
+        for split, blocks in documents:
+            is_new = True
+            for piece in pieces(blocks):
+                if is_new and n_bytes[split] > 0:
+                    waiting.append((split, b"\n"))
+                    n_bytes[split] += 1
+                is_new = False
+                waiting.append((split, piece))
+                n_bytes[split] += len(piece)
+                n_waiting += len(piece)
+                if n_waiting >= AT_ONCE:
+                    write()
+                    n_waiting = 0
+                if progress.unit == "bytes":
+                    progress.add(len(piece))
+            if progress.unit == "documents":
+                progress.add(1)
+        write()
+    finally:
+        for file in files.values():
+            file.close()
+    if min(n_bytes.values()) == 0:
+        raise UserError(f"too little text: {n_bytes['train']:,} bytes to train on, {n_bytes['val']:,} held out")
+    arrays = {split: np.memmap(scratch / split, dtype, "r") for split in n_bytes}
+    n_tokens = {split: len(ids) for split, ids in arrays.items()}
+    return {**n_tokens, "vocab_size": tokenizer.n_vocab,
+            "bytes_per_token": n_bytes["val"] / n_tokens["val"]}, arrays
+
+
+# ---- Which source it is -----------------------------------------------------------------------------------
+
+@dataclass
+class Source:
+    """What --data names, and how to read it."""
+    name: str
+    choice: dict         # settings that decide the content
+    stamps: list         # names, sizes and times of its files
+    used: str            # the files that are used, in words
+    documents: Callable  # documents(rows_left_out) yields (split, blocks)
+    unit: str            # bytes or documents, by which progress is told
+    total: int | None = None  # of these, where it is known
+
+
+def find_source(settings):
+    """The Source that settings name. Raises UserError."""
+    path = local_path(settings.data, "text")
+    if settings.data == "stdlib":
+        return files_source(settings, "stdlib", stdlib_listing())
+    if path is None:
+        return hub_source(settings)
+    found = listing(path)
+    name = path.resolve().name
+    tables = [file for file in found.files if form(file or path.name)]
+    texts = [file for file in found.files if file not in tables and (file == "" or file.lower().endswith(".txt"))]
+    if tables and texts:
+        raise UserError(f"--data {path}: there are text files, such as {texts[0]}, and tables, such as {tables[0]}; "
+                        f"name one of them, or a folder with one kind")
+    if tables:
+        return tables_source(settings, name, found)
+    if texts:
+        return files_source(settings, name, found.keep(texts, other_kind))
+    raise UserError(f"--data {path}: there are no .txt files, and none in hub form: "
+                    f"{found.keep([], other_kind).describe()}")
+
+
+def files_source(settings, name, files):
+    is_utf8 = settings.tokenizer != "bytes"
+    if name == "stdlib":
+        paths = [files.path(file) for file in files.files]
+        choice = {"python": platform.python_version()}
+        return Source(name, choice, files.stamps(), files.describe(), lambda _: file_documents(paths, is_utf8), "bytes")
+    splits = splits_by_name(files)
+    train, val = choose(splits, settings.data, settings.split, settings.held_out)
+    held_out = splits.get(val, [])
+    files = files.keep(splits[train] + held_out, lambda file: "of other splits")
+    paths, val_paths = ([files.path(file) for file in names] for names in (splits[train], held_out))
+
+    def documents(rows_left_out):
+        if val_paths:
+            return split_documents(paths, val_paths, is_utf8)
+        return file_documents(paths, is_utf8)
+    n_bytes = sum(size for _, size, _ in files.stamps())
+    choice = {"split": settings.split, "held_out": settings.held_out}
+    return Source(name, choice, files.stamps(), files.describe(), documents, "bytes", n_bytes)
+
+
+def table_choice(settings):
+    return {name: getattr(settings, name) for name in ("config", "split", "held_out", "column")}
+
+
+def tables_source(settings, name, files):
+    files, splits = table_splits(files, settings.config)
+    train, val = choose(splits, settings.data, settings.split, settings.held_out)
+    files = files.keep(splits[train] + splits.get(val, []), lambda file: "of other splits")
+    table = LocalTable(files, splits[train])
+    held_out = LocalTable(files, splits[val]) if val else None
+
+    def documents(rows_left_out):
+        return table_documents(table, held_out, settings.column, rows_left_out)
+    return Source(name, table_choice(settings), files.stamps(), files.describe(), documents, "documents",
+                  LocalTable(files, files.files).n_rows())
+
+
+def hub_source(settings):
+    def documents(rows_left_out):
+        tables = hub_tables(settings, streaming=True)
+        train, val = choose(tables, settings.data, settings.split, settings.held_out)
+        yield from table_documents(tables[train], tables.get(val), settings.column, rows_left_out)
+    return Source(settings.data, table_choice(settings), [], "a dataset of the hub", documents, "documents")
+
+
+# ---- Batches ----------------------------------------------------------------------------------------------
 
 class Data:
     """Windows of a text, which is prepared and read when first needed: to sample, the tokenizer is enough."""
@@ -104,37 +369,59 @@ class Data:
         self.tokenizer = Tokenizer(settings.tokenizer)
 
     @functools.cached_property
-    def stored(self):
-        """(facts, {split: token ids})."""
-        source, path = self.settings.data, local_path(self.settings.data, "text")
-        files, about = files_under(path), {"tokenizer": self.tokenizer.name}
-        if source == "stdlib":
-            files, about["python"] = stdlib_files(), platform.python_version()
-            documents = file_documents(files)
-        elif not files or any(p.suffix in HUB_FORM for p in files):
-            about |= {"split": self.settings.split, "column": self.settings.column}
-            documents = hub_documents(self.settings, path)
-        else:
-            documents = file_documents([p for p in files if p == path or p.suffix == ".txt"])
-        return prepared(source, path, files, about, functools.partial(tokenize, documents, self.tokenizer))
+    def source(self):
+        return find_source(self.settings)
 
-    about = property(lambda self: self.stored[0])
-    facts = property(lambda self: {k: self.about[k] for k in FACTS})
-    bytes_per_token = property(lambda self: self.about["bytes_per_token"])  # of the held-out text
+    @functools.cached_property
+    def stored(self):
+        """(facts for the checkpoint, {split: token ids}), prepared if need be: see `about` and `arrays`."""
+        source = self.source
+
+        def build(scratch):
+            rows_left_out = []
+            with Progress(source.unit, source.total) as progress:
+                facts, arrays = tokenize(source.documents(rows_left_out), self.tokenizer, scratch, progress)
+            if rows_left_out:
+                facts["rows_without_text"] = len(rows_left_out)
+            return facts, arrays
+        return prepared(source.name, {"tokenizer": self.tokenizer.name} | source.choice, source.stamps, build)
+
+    @property
+    def about(self):
+        return self.stored[0]
+
+    @property
+    def arrays(self):
+        return self.stored[1]
+
+    @property
+    def facts(self):
+        return {name: self.about[name] for name in FACTS}
+
+    @property
+    def bytes_per_token(self):
+        """Of the held-out text."""
+        return self.about["bytes_per_token"]
 
     def describe(self):
-        python = f" of Python {self.about['python']}" if "python" in self.about else ""
-        return ("{source}" + python + ", tokenizer {tokenizer}, {train:,} tokens to train on, {val:,} held "
-                "out, fingerprint {fingerprint:.12}").format(**self.about)
+        about = self.about
+        python = f" of Python {about['python']}" if "python" in about else ""
+        line = (f"{about['source']}{python}, {self.source.used}, tokenizer {about['tokenizer']}, {about['train']:,} "
+                f"tokens to train on, {about['val']:,} held out, fingerprint {about['fingerprint'][:12]}")
+        if "rows_without_text" in about:
+            line += f", left out: {about['rows_without_text']:,} rows without text"
+        return line
 
-    def length(self, config):  # examples in an epoch
+    def length(self, config):
+        """Examples in an epoch."""
         return self.about["train"] // config.seq_len
 
     def windows(self, split, starts, config):
         """(n, T + 1) tokens from each start onwards."""
         if min(self.about["train"], self.about["val"]) < config.seq_len + 2:
             raise UserError(f"too little text for --seq-len {config.seq_len}: {self.describe()}")
-        rows = np.stack([self.stored[1][split][i:i + config.seq_len + 1] for i in starts])
+        ids = self.arrays[split]
+        rows = np.stack([ids[start:start + config.seq_len + 1] for start in starts])
         return to_device(torch.from_numpy(rows.astype(np.int64)), self.device)
 
     def batch(self, n, config, index):
@@ -144,14 +431,16 @@ class Data:
         return self.windows("train", torch.randint(high, (n,)).tolist(), config)
 
     def held_out(self, n, config):
-        """(at most n, T + 1) windows at even distances over the held-out text; always the same."""
-        n = max(1, min(n, self.about["val"] // config.seq_len))
+        """(at most n, T + 1) windows at even distances over the held-out text (n None: all of it); always the
+        same."""
+        n_all = max(1, self.about["val"] // config.seq_len)
+        n = n_all if n is None else min(n, n_all)
         last = self.about["val"] - config.seq_len - 1
         return self.windows("val", np.linspace(0, last, n).astype(np.int64), config)
 
     def unigram(self):
         """(V,) log-probabilities of tokens in the training text, each counted once more than it occurs."""
         counts = np.ones(self.about["vocab_size"])
-        for ids in np.array_split(self.stored[1]["train"], self.about["train"] // 2 ** 20 + 1):
+        for ids in np.array_split(self.arrays["train"], self.about["train"] // 2 ** 20 + 1):
             counts += np.bincount(ids, minlength=len(counts))
         return to_device(torch.from_numpy(np.log(counts / counts.sum())).float(), self.device)

@@ -32,7 +32,7 @@ def held_out(setup):
     """Pairs (x, target) of the held-out data that the models' `evaluate` scores."""
     if setup.module.DATA == "text":
         return [(w[:, :-1], w[:, 1:]) for w in setup.data.held_out(256, setup.config).split(32)]
-    return list(zip(*(column.split(500) for column in setup.data.held_out(0, setup.config))))
+    return list(zip(*(column.split(500) for column in setup.data.held_out(None, setup.config))))
 
 
 def score(net, pairs, unit):

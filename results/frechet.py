@@ -78,7 +78,7 @@ def batched(function, x):
 @torch.no_grad()
 def score(setup, models, n=2000, guidance=1.0):
     """{row: {column: number}} of n images of each of the models {name: nets}, and of n to train on."""
-    held_out, label = setup.data.held_out(0, setup.config)[0], torch.arange(n, device=setup.device)
+    held_out, label = setup.data.held_out(None, setup.config)[0], torch.arange(n, device=setup.device)
     label, sets = label % setup.config.n_class, {"training images": setup.data.fixed("train", n)[0]}
     for name, nets in models.items():
         torch.manual_seed(seed_of(setup.training.seed, "frechet"))  # the same starting noise for all

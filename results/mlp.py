@@ -81,7 +81,7 @@ class Block(EndToEnd):
 @torch.no_grad()
 def evaluate(blocks, others, data):
     """{title: {row: {column: number}}} of the blocks and of others {"end to end": net, "control": net}."""
-    x, label = data.held_out(0, None)
+    x, label = data.held_out(None, None)
     guess = ensemble(lambda b, z, sigma: blocks[b].denoise(x, z, sigma), label.shape, blocks[0].table,
                      blocks[0].noise, range(len(blocks))).argmax(-1)
     found = {name: net.logits(x).argmax(-1) for name, net in others.items()} | {"blocks": guess}

@@ -51,7 +51,7 @@ class Labels:
         config, data, size = setup.config, setup.data, 1.0
         self.noise, self.table = blocks[0].noise, blocks[0].table
         if setup.model == "vit":
-            images, labels = data.held_out(0, config)
+            images, labels = data.held_out(None, config)
             pairs = list(zip(images.split(500), labels.split(500))) * max(1, 2000 // len(images))
             self.unit, self.prior = "bits per label", torch.zeros(config.n_class, device=setup.device)
         else:
@@ -193,7 +193,7 @@ def dit_curve(setup, blocks, baseline, control):
 def dit_steps(setup, blocks, baseline, control):
     """Frechet distance on the features of our own vit, over the number of levels and without each block."""
     judge, label = judge_of(setup), torch.arange(2000, device=setup.device) % setup.config.n_class
-    of_held_out = batched(judge.features, setup.data.held_out(0, setup.config)[0])
+    of_held_out = batched(judge.features, setup.data.held_out(None, setup.config)[0])
     noise, grid = blocks[0].noise, blocks[0].noise.steps
 
     def score(nets, n):
