@@ -31,6 +31,7 @@ class Settings:
     held_out: str = ""      # split that is held out; empty: validation or test, or else a tenth of each class
     image_column: str = ""  # column that holds the images; empty: the one whose type is image
     label_column: str = ""  # column that holds the labels; empty: the class label with most classes
+    one_in: int = 1         # train on one in so many images of each class, to see what few data do
     augment: str = "none"   # none, or any of crop, flip, rand (RandAugment), joined by commas
 
 
@@ -248,7 +249,7 @@ def has_labels(table, column):
 
 # ---- Preparing --------------------------------------------------------------------------------------------
 
-def store(examples, scratch, progress):
+def store(examples, one_in, scratch, progress):
     """(facts, {name: array}) of examples, by way of a mapped file: memory stays constant."""
     images, labels, grey = None, np.empty(examples.n, np.int64), True
     for i, (image, label, is_grey) in enumerate(examples.rows()):
@@ -268,8 +269,9 @@ def store(examples, scratch, progress):
         held_out = tenth_of_each_class(labels)
     names = examples.names or [str(c) for c in range(min(labels.max(), examples.n) + 1)]
     refuse_labels(labels, held_out, names)
+    train_rows = one_in_each_class(np.flatnonzero(~held_out), labels, one_in)
     arrays = {}
-    for split, chosen in (("train", np.flatnonzero(~held_out)), ("val", np.flatnonzero(held_out))):
+    for split, chosen in (("train", train_rows), ("val", np.flatnonzero(held_out))):
         arrays[f"{split}_images"] = taken(images, chosen, scratch / f"{split}.npy")
         arrays[f"{split}_labels"] = labels[chosen]
     mean, std = statistics_of(arrays["train_images"])
@@ -285,6 +287,14 @@ def tenth_of_each_class(labels):
         own = np.flatnonzero(labels == c)
         held_out[own[shuffled(len(own), 0, "held out")[:max(1, len(own) // 10)]]] = True
     return held_out
+
+
+def one_in_each_class(rows, labels, one_in):
+    """Of these rows the first of every so many of each class, in the order in which they are."""
+    if one_in == 1:
+        return rows
+    chosen = [rows[labels[rows] == c][::one_in] for c in np.unique(labels)]
+    return np.sort(np.concatenate(chosen))
 
 
 def refuse_labels(labels, held_out, names):
@@ -329,6 +339,8 @@ class Data:
 
     def __init__(self, settings, device, seed=0):
         self.settings, self.device, self.seed = settings, torch.device(device), seed
+        if settings.one_in < 1:
+            raise UserError(f"--one-in must be at least 1; got {settings.one_in}")
         chosen = set(settings.augment.split(",")) - {"none"}
         if chosen - set(AUGMENTATIONS) or chosen and settings.data.endswith(".npz"):
             raise UserError(f"--augment {settings.augment}: choose none, or for images any of crop,flip,rand")
@@ -344,8 +356,9 @@ class Data:
         def build(scratch):
             examples = self.source.read()
             with Progress("images", examples.n) as progress:
-                return store(examples, scratch, progress)
-        return prepared(self.source.name, self.source.choice, self.source.stamps, build)
+                return store(examples, self.settings.one_in, scratch, progress)
+        choice = self.source.choice | {"one_in": self.settings.one_in}
+        return prepared(self.source.name, choice, self.source.stamps, build)
 
     @property
     def names(self):
