@@ -38,11 +38,20 @@ def split_layers(n_layer, n_blocks, split=""):
     "3,6,3". Raises ValueError if they do not fit."""
     sizes = [n_layer // max(1, n_blocks)] * n_blocks
     if split:
-        sizes = [int(s) if s.strip().isdigit() else 0 for s in split.split(",")]
+        sizes = [int(size) if size.strip().isdigit() else 0 for size in split.split(",")]
     if len(sizes) != n_blocks or sum(sizes) != n_layer or min(sizes, default=0) < 1:
         raise ValueError(f"{n_layer} layers cannot be cut into {n_blocks} blocks {split or 'of one size'}")
-    ends = [sum(sizes[:i + 1]) for i in range(n_blocks)]
-    return [range(end - size, end) for size, end in zip(sizes, ends)]
+    layers = []
+    first = 0
+    for size in sizes:
+        layers.append(range(first, first + size))
+        first += size
+    return layers
+
+
+def largest_block(n_layer, n_blocks, split=""):
+    """The number of layers of the largest block: what a control of one block's size has."""
+    return max(len(layers) for layers in split_layers(n_layer, n_blocks, split))
 
 
 def seed_of(seed, what):
@@ -52,8 +61,9 @@ def seed_of(seed, what):
 
 def to_device(x, device):
     """x on the device; a copy to CUDA is queued, so that the program does not wait for it as with .to()."""
-    cuda = torch.device(device).type == "cuda"
-    return x.pin_memory().to(device, non_blocking=True) if cuda else x.to(device)
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def float64_device(device):
@@ -71,18 +81,18 @@ def expand(level, like):
 # ---- Noise and its division among blocks ------------------------------------------------------------------
 
 class Noise:
-    """What both kinds of noise have in common: `ends`, the ascending ends of all blocks' intervals."""
+    """What both kinds of noise have in common: `boundaries`, the ascending ends of all blocks' intervals."""
 
     def interval(self, block):
         """(lo, hi) of the noise levels that a block owns; block 0 has the highest."""
         i = self.n_blocks - 1 - block  # ends ascend, blocks descend: here and in block_of, nowhere else
-        return self.ends[i], self.ends[i + 1]
+        return self.boundaries[i], self.boundaries[i + 1]
 
     def block_of(self, level):
         """The block that owns a level (a float): lo < level <= hi; the last one owns the lowest end, too."""
-        if not self.ends[0] <= level <= self.ends[-1]:
-            raise ValueError(f"no block owns level {level}; they own {self.ends[0]} to {self.ends[-1]}")
-        return self.n_blocks - 1 - bisect.bisect_left(self.ends[1:-1], level)
+        if not self.boundaries[0] <= level <= self.boundaries[-1]:
+            raise ValueError(f"no block owns level {level}; they own {self.boundaries[0]} to {self.boundaries[-1]}")
+        return self.n_blocks - 1 - bisect.bisect_left(self.boundaries[1:-1], level)
 
 
 @dataclass
@@ -98,7 +108,7 @@ class LogNormal(Noise):
     sigma_data: float = 0.5     # std of images (EDM); with a Bayes readout it only scales z at the input
     gamma: float = 0.05         # overlap of neighbouring blocks in training (paper: 0.05, 0.1 for text)
     edges: str = "probability"  # probability (paper), uniform in ln sigma, or the inner ends: 0.1,0.7
-    weighting: str = "none"     # of the loss: none (the released code's, in effect) or edm
+    weighting: str = "none"     # of the loss at a level: none, as the released code trains, or edm (the paper)
 
     def __post_init__(self):
         require_finite(self)
@@ -109,17 +119,35 @@ class LogNormal(Noise):
         require(self.n_blocks >= 1, "n_blocks must be at least 1", self.n_blocks)
         require(self.gamma >= 0, "gamma must be at least 0", self.gamma)
         require(self.weighting in ("none", "edm"), "weighting must be none or edm", self.weighting)
-        n, ratio = self.n_blocks, self.sigma_max / self.sigma_min
-        if self.edges == "probability":
-            inner = self.icdf([i / n for i in range(1, n)]).tolist()
-        elif self.edges == "uniform":
-            inner = [self.sigma_min * ratio ** (i / n) for i in range(1, n)]
-        else:
-            number = [s.strip().replace(".", "", 1).isdigit() for s in self.edges.split(",")]
-            inner = [float(s) for s in self.edges.split(",")] if all(number) else []
-        self.ends = [self.sigma_min, *inner, self.sigma_max]
-        if len(self.ends) != n + 1 or not all(a < b for a, b in zip(self.ends, self.ends[1:])):
-            raise ValueError(f"edges {self.edges}: need probability, uniform or {n - 1} rising ends: 0.1,0.7")
+        self.refuse_tail(self.sigma_min, self.sigma_max)
+        self.boundaries = [self.sigma_min, *self.inner_boundaries(), self.sigma_max]
+        rising = all(a < b for a, b in zip(self.boundaries, self.boundaries[1:]))
+        if len(self.boundaries) != self.n_blocks + 1 or not rising:
+            raise ValueError(f"edges {self.edges}: need probability, uniform or {self.n_blocks - 1} rising ends: "
+                             f"0.1,0.7")
+        for lo, hi in zip(self.boundaries, self.boundaries[1:]):
+            self.refuse_tail(lo, hi)
+
+    def inner_boundaries(self):
+        """Where one block's interval ends and another's begins, as `edges` says."""
+        n = self.n_blocks
+        if self.edges == "probability":  # every block gets the same part of the draws (paper, section 3.3)
+            return self.icdf([i / n for i in range(1, n)]).tolist()
+        if self.edges == "uniform":
+            ratio = self.sigma_max / self.sigma_min
+            return [self.sigma_min * ratio ** (i / n) for i in range(1, n)]
+        try:
+            return [float(end) for end in self.edges.split(",")]
+        except ValueError:
+            return []
+
+    def refuse_tail(self, lo, hi):
+        """Raises ValueError if [lo, hi] is so far in the normal distribution's tail that float64 has 0 there."""
+        x_lo = (math.log(lo) - self.p_mean) / self.p_std
+        x_hi = (math.log(hi) - self.p_mean) / self.p_std
+        if x_lo > 37 or x_hi < -37:
+            raise ValueError(f"no level is ever drawn between sigma {lo:.3g} and {hi:.3g}: they are more than 37 p_std "
+                             f"away from p_mean {self.p_mean}; choose other values")
 
     def icdf(self, q, lo=None, hi=None):
         """The sigma, float64, below which a part q of the draws in [lo, hi] (all) lies. q: numbers, or a float64
@@ -149,8 +177,8 @@ class LogNormal(Noise):
     def steps(self, n=0):
         """(n,) float64 levels of a sampler, downwards at equal quantiles of EDM's noise, where z comes to
         tell the target, whatever blocks are trained on. 0: max(n_blocks + 1, 4) of them."""
-        if (n := n or max(self.n_blocks + 1, 4)) < 2:
-            raise ValueError(f"a sampler needs at least 2 noise levels, got {n}")
+        n = n or max(self.n_blocks + 1, 4)
+        require(n >= 2, "a sampler needs at least 2 noise levels", n)
         # i / n is correctly rounded, so that a level which is an end of a block has the same bits there
         q = [i / (n - 1) for i in range(1, n - 1)]
         inner = LogNormal().icdf(q, self.sigma_min, self.sigma_max).tolist()
@@ -181,14 +209,20 @@ class LogNormal(Noise):
 
     def bound_levels(self, block, u):
         """(sigma, density), float64, at parts u (n,) of a block's interval: the mean of density * E|y - D|^2
-        over u is the integral of sigma^-3 E|y - D|^2 d sigma."""
-        # half at equal steps of ln sigma, half at quantiles of EDM's noise: less than half of the variance
-        edm, (lo, hi) = LogNormal(), self.interval(block)
-        sigma = torch.where(u < 0.5, lo * (2 * u * math.log(hi / lo)).exp(), edm.icdf(2 * u % 1, lo, hi))
+        over u is the integral of sigma^-3 E|y - D|^2 d sigma.
+
+        ln sigma is drawn with the density p: the mean of a uniform one and of EDM's. So the integral over ln
+        sigma of sigma^-2 E|y - D|^2 is the mean of sigma^-2 / p(ln sigma) * E|y - D|^2, which is what the
+        returned density is. Both halves together have less than half of the variance of either."""
+        edm = LogNormal()
+        lo, hi = self.interval(block)
+        uniform = lo * (2 * u * math.log(hi / lo)).exp()        # u below 1/2: equal steps of ln sigma
+        sigma = torch.where(u < 0.5, uniform, edm.icdf(2 * u % 1, lo, hi))
         normal = torch.distributions.Normal(edm.p_mean, edm.p_std)
         below, above = normal.cdf(torch.tensor([lo, hi], dtype=torch.float64).log())
-        part = normal.log_prob(sigma.log()).exp() / (above - below)      # density of ln sigma, EDM's half
-        return sigma, 2 / (1 / math.log(hi / lo) + part) / sigma ** 2
+        p_uniform = 1 / math.log(hi / lo)
+        p_edm = normal.log_prob(sigma.log()).exp() / (above - below)
+        return sigma, 2 / (p_uniform + p_edm) / sigma ** 2
 
 
 @dataclass
@@ -201,7 +235,6 @@ class Masking(Noise):
     gamma: float = 0.05         # overlap of neighbouring blocks in training, a part of its alpha (paper)
     schedule: str = "linear"    # alpha: linear, 1 - t (paper), or cosine, 1 - cos(pi/2 (1 - t)) (MD4)
     eps: float = 1e-4           # alpha(0) = 1 - eps and alpha(1) = eps (MD4)
-    mask_id: int = field(default=0, init=False)  # the token that stands for a mask; a model's Config sets it
 
     def __post_init__(self):
         require_finite(self)
@@ -209,7 +242,7 @@ class Masking(Noise):
         require(self.n_blocks >= 1, "n_blocks must be at least 1", self.n_blocks)
         require(self.gamma >= 0, "gamma must be at least 0", self.gamma)
         require(0 < self.eps < 0.5, "eps must be above 0 and below 0.5", self.eps)
-        self.ends = [self._inverse(1 - (self.n_blocks - i) / self.n_blocks) for i in range(self.n_blocks + 1)]
+        self.boundaries = [self._inverse(1 - (self.n_blocks - i) / self.n_blocks) for i in range(self.n_blocks + 1)]
 
     def mask_probability(self, t):
         """1 - alpha(t), of t's shape."""
@@ -236,15 +269,17 @@ class Masking(Noise):
         u = (torch.rand(1, dtype=torch.float64, device=exact) + torch.arange(n, device=exact)) / n
         return (lo + u * (hi - lo)).float().to(device)
 
-    def steps(self, n, grid="uniform", start=1.0):
-        """(n + 1,) float64 times of a sampler's n moves from start down to 0; cosine: most of them near 1."""
-        t = torch.linspace(1, 0, n + 1, dtype=torch.float64)
-        return start * (t if grid == "uniform" else torch.sin(math.pi / 2 * t))
+    def times(self, n_moves, grid="uniform", start=1.0):
+        """(n_moves + 1,) float64 times between a sampler's moves, from start to 0; cosine: most of them near 1."""
+        t = torch.linspace(1, 0, n_moves + 1, dtype=torch.float64)
+        if grid == "cosine":
+            t = torch.sin(math.pi / 2 * t)
+        return start * t
 
-    def corrupt(self, y, t):
-        """Token ids y (B, ...) with masks in the place of some, t (B,)."""
+    def corrupt(self, y, t, mask_id):
+        """Token ids y (B, ...) with the id of the mask in the place of some, t (B,)."""
         hidden = torch.rand(y.shape, device=y.device) < expand(self.mask_probability(t), y)
-        return y.masked_fill(hidden, self.mask_id)
+        return y.masked_fill(hidden, mask_id)
 
     def weight(self, t):
         """-alpha'(t) / (1 - alpha(t)), of t's shape, for a sum of cross-entropies over the masked tokens."""
@@ -261,15 +296,15 @@ class Masking(Noise):
 
 # ---- Training one block -----------------------------------------------------------------------------------
 
-def score_loss(error, y, noise, block):
-    """The loss of one block: E over its own noise levels of weight(level) * error(corrupted y, level).
+def score_loss(error, level, noise):
+    """The loss of one block: the mean of weight(level) * error(level) over a batch.
 
-    y (B, ...) is the clean target; error(z, level) -> (B,) the model's squared error, or nats."""
-    level = noise.sample(block, len(y), y.device)  # (B,)
-    err = error(noise.corrupt(y, level), level)    # (B,)
-    weight = noise.weight(level)                   # (B,)
-    assert err.shape == weight.shape  # (B,) * (B, 1) is (B, B): the weight would be averaged away
-    return (weight * err).mean()
+    level (B,): noise levels, drawn by noise.sample(block, B). error (B,): what the model got wrong at these levels,
+    a squared error or nats, one number an example. Raises ValueError if the shapes differ."""
+    if error.shape != level.shape:  # (B,) * (B, 1) would be (B, B), and the weight averaged away
+        raise ValueError(f"score_loss needs one error for each level: errors have the shape {tuple(error.shape)}, "
+                         f"levels {tuple(level.shape)}")
+    return (noise.weight(level) * error).mean()
 
 
 # ---- Labels and tokens: the space of y that all blocks agree on, and how logits are read from it ----------
@@ -362,55 +397,87 @@ def decode_labels(logits, shape, table, noise, steps, temperature=0.0):
     return (euler(denoise, z, steps) @ table.T).argmax(-1)
 
 
-def ensemble(logits, shape, table, noise, blocks):
+def average(logits, shape, table, noise, blocks):
     """log p(y | x), (*shape, V): the mean of log p_b(y | x, z = 0) over blocks (a list), renormalised.
     Rows of the table have one norm, so z = 0 is as likely under each: there an exact posterior is p(y | x).
     A block is asked at the median of its own interval. logits: as in `decode_labels`."""
-    z, total = torch.zeros(*shape, table.shape[1], device=table.device), 0.0
+    z = torch.zeros(*shape, table.shape[1], device=table.device)
+    total = 0.0
     for b in blocks:
         sigma = noise.icdf(0.5, *noise.interval(b)).float().to(z.device).expand(len(z))
         total = total + logits(b, z, sigma).log_softmax(-1)
     return (total / len(blocks)).log_softmax(-1)
 
 
-def bound_share(error, y, noise, block, n=4):
-    """A block's share, in nats, of the bound on -log p(y | x), averaged over the batch y (B, ...).
+def bound_draws(noise, block, y, n=4):
+    """Yields n times (level, density), (B,) each, to estimate a block's share of the bound on -log p(y | x).
 
-    error(z, level) -> (B,): for Gaussian noise |y - D|^2, for masks the cross-entropy, both summed over all
-    that an example is scored on. Unbiased, from n stratified levels each. All shares and the ends add up to
-    the bound of the continuous-time model, which an exact posterior attains (VDM, arXiv 2107.00630; MD4)."""
-    total, size = 0.0, len(y)
+    The share, in nats an example, is the mean over all draws of density * error, with error(z, level) (B,) at z =
+    noise.corrupt(y, level): for Gaussian noise |y - D|^2, for masks the cross-entropy, both summed over all that an
+    example is scored on. Stratified and unbiased. All shares and the ends add up to the bound of the
+    continuous-time model, which an exact posterior attains (VDM, arXiv 2107.00630; MD4)."""
+    size = len(y)
     for k in range(n):
         u = (k + (torch.randperm(size) + torch.rand(size, dtype=torch.float64)) / size) / n
-        level, density = (v.float().to(y.device) for v in noise.bound_levels(block, u))  # (B,) each
-        err = error(noise.corrupt(y, level), level)                                      # (B,)
-        assert err.shape == level.shape
-        total += (density * err).mean().item()
-    return total / n
+        level, density = noise.bound_levels(block, u)
+        yield level.float().to(y.device), density.float().to(y.device)
 
 
-def bound_ends(error, y, noise):
-    """(reconstruction, prior) in nats, averaged over y: the Gaussian bound's terms at the ends of the range.
+@dataclass
+class LabelScores:
+    """How good blocks are on labels or tokens, in nats summed over what was scored; scores of batches add up."""
+    shares: list        # of the bound on -log p, for each block
+    ends: float = 0.0   # the bound's terms at the lowest and the highest noise level
+    alone: list = field(default_factory=list)  # cross-entropy of each block, asked at z = 0
+    averaged: float = 0.0  # cross-entropy of their average
 
-    reconstruction: E[-log p(y | z at sigma_min, x)], from the last block's cross-entropy error(z, sigma).
-    prior: KL of z at sigma_max against N(0, sigma_max^2), which is |y|^2 / (2 sigma_max^2)."""
-    sigma = torch.full((len(y),), noise.sigma_min, device=y.device)
-    reconstruction = error(noise.corrupt(y, sigma), sigma).mean().item()
-    return reconstruction, (y.flatten(1) ** 2).sum(1).mean().item() / (2 * noise.sigma_max ** 2)
+    @classmethod
+    def zero(cls, n_blocks):
+        return cls(shares=[0.0] * n_blocks, alone=[0.0] * n_blocks)
+
+    def __add__(self, other):
+        shares = [a + b for a, b in zip(self.shares, other.shares)]
+        alone = [a + b for a, b in zip(self.alone, other.alone)]
+        return LabelScores(shares, self.ends + other.ends, alone, self.averaged + other.averaged)
+
+    def tables(self, scale, unit):
+        """(rows of scores, rows of the bound's shares), {row: {unit: value}}; scale: from nats to the unit."""
+        shares = {f"block {b}": {unit: scale * nats} for b, nats in enumerate(self.shares)}
+        shares["ends"] = {unit: scale * self.ends}
+        scores = {}
+        if len(self.alone) > 1:
+            scores["blocks, averaged"] = {unit: scale * self.averaged}
+        for b, nats in enumerate(self.alone):
+            scores[f"block {b} alone"] = {unit: scale * nats}
+        scores["blocks, bound"] = {unit: scale * (sum(self.shares) + self.ends)}
+        return scores, shares
 
 
 def score_labels(logits, target, table, noise, n=8):
-    """{name: nats, summed over the batch} of the blocks on targets (B, ...): each "block b", its share of the
-    bound from n levels; the bound's "ends"; the `ensemble` of each, "block b alone", and of all."""
-    y, scores, every = table[target], {}, list(range(noise.n_blocks))                    # (B, ..., C)
+    """LabelScores of blocks on targets (B, ...). logits: as in `decode_labels`; n: levels of each block's share."""
+    y = table[target]                                                        # (B, ..., C)
+    n_blocks = noise.n_blocks
+    shares = []
+    for b in range(n_blocks):
+        total = 0.0
+        for sigma, density in bound_draws(noise, b, y, n):
+            guess = logits(b, noise.corrupt(y, sigma), sigma).softmax(-1) @ table        # (B, ..., C)
+            error = (y - guess).pow(2).flatten(1).sum(1)                                 # (B,)
+            total += (density * error).mean().item()
+        shares.append(len(y) * (total / n))
 
-    def nats(z, sigma):  # of the last block
-        return cross_entropy(logits(every[-1], z, sigma), target).view(len(y), -1).sum(1)
-    for b in every:
-        def squared_error(z, sigma):
-            return (y - logits(b, z, sigma).softmax(-1) @ table).pow(2).flatten(1).sum(1)
-        scores[f"block {b}"] = len(y) * bound_share(squared_error, y, noise, b, n)
-    scores["ends"] = len(y) * sum(bound_ends(nats, y, noise))
-    log_p = {f"block {b} alone": ensemble(logits, target.shape, table, noise, [b]) for b in every}
-    log_p |= {"blocks (ensemble)": sum(log_p.values()) / len(every)} if len(every) > 1 else {}
-    return scores | {name: cross_entropy(v, target).sum().item() for name, v in log_p.items()}
+    # the terms at the ends: E[-log p(y | z at sigma_min, x)], and the KL of z at sigma_max against N(0, sigma_max^2)
+    lowest = torch.full((len(y),), noise.sigma_min, device=y.device)
+    nats = cross_entropy(logits(n_blocks - 1, noise.corrupt(y, lowest), lowest), target)
+    reconstruction = nats.view(len(y), -1).sum(1).mean().item()
+    prior = (y.flatten(1) ** 2).sum(1).mean().item() / (2 * noise.sigma_max ** 2)
+
+    log_p = [average(logits, target.shape, table, noise, [b]) for b in range(n_blocks)]
+    alone = [cross_entropy(own, target).sum().item() for own in log_p]
+    averaged = cross_entropy(sum(log_p) / n_blocks, target).sum().item()
+    return LabelScores(shares, len(y) * (reconstruction + prior), alone, averaged)
+
+
+def windows_at_once(n_class, seq_len, most):
+    """How many windows are scored together: as many as have 2^27 logits (512 MB of float32), and at most `most`."""
+    return max(1, min(most, 2 ** 27 // (n_class * seq_len)))

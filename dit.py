@@ -16,7 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion_blocks import LogNormal, euler, expand, require, require_finite, score_loss, split_layers
+from diffusion_blocks import (LogNormal, euler, expand, largest_block, require, require_finite, score_loss,
+                              split_layers)
 
 DATA = "images"  # the module of data/ that this model is trained on
 
@@ -52,9 +53,11 @@ class Config:
                 f"patch_size must divide the images' side {self.image_size}", self.patch_size)
 
     def control(self):
-        """The control has one block's worth of layers. If the blocks do no better, depth was not used."""
-        return replace(self, n_layer=max(1, self.n_layer // self.noise.n_blocks), layer_split="",
-                       noise=replace(self.noise, n_blocks=1, edges="probability"))
+        """The Config of the control: as many layers as the largest block has, trained end to end. Blocks that are
+        no better than it have made no use of the other layers."""
+        n_layer = largest_block(self.n_layer, self.noise.n_blocks, self.layer_split)
+        noise = replace(self.noise, n_blocks=1, edges="probability")
+        return replace(self, n_layer=n_layer, layer_split="", noise=noise)
 
 
 # A preset names fields of Config, its noise, Sampling, the data's settings or train.py's Training. The
@@ -232,14 +235,15 @@ class Block(nn.Module):
 
     def forward(self, batch):
         """The score loss per pixel of this block; batch: images (B, K, H, W) in [-1, 1], labels (B,)."""
-        y, label = self.encode(batch[0]), batch[1]
+        images, label = batch
+        y = self.encode(images)                                              # (B, K, H, W)
         if self.training:
             drop = torch.rand(len(y), device=y.device) < self.config.label_drop              # (B,)
             label = label.masked_fill(drop, self.config.n_class)
-
-        def error(z, sigma):
-            return (self.denoise(z, sigma, label) - y).pow(2).flatten(1).mean(1)             # (B,)
-        return score_loss(error, y, self.noise, self.b)
+        sigma = self.noise.sample(self.b, len(y), y.device)                  # (B,)
+        z = self.noise.corrupt(y, sigma)                                     # (B, K, H, W)
+        error = (self.denoise(z, sigma, label) - y).pow(2).flatten(1).mean(1)                # (B,)
+        return score_loss(error, sigma, self.noise)
 
 
 class EndToEnd(Block):
@@ -259,21 +263,27 @@ def generate_images(nets, label, euler_steps=50, guidance=1.0):
 
     nets: the list of blocks, or one EndToEnd. The starting noise comes from torch's CPU random stream."""
     blocks = nets if isinstance(nets, list) else [nets]
-    config, noise, out = blocks[0].config, blocks[0].noise, []
-    for part in label.split(512):
+    config, noise = blocks[0].config, blocks[0].noise
+    out = []
+    for some in label.split(512):
+
         def denoise(z, sigma):
-            block, level = blocks[noise.block_of(sigma)], torch.full((len(z),), sigma, device=z.device)
-            d = block.denoise(z, level, part)                                # (N, K, H, W)
+            block = blocks[noise.block_of(sigma)]  # a step runs the one block that owns its level
+            level = torch.full((len(z),), sigma, device=z.device)            # (N,)
+            d = block.denoise(z, level, some)                                # (N, K, H, W)
             if guidance == 1:
                 return d
-            withheld = block.denoise(z, level, torch.full_like(part, config.n_class))
+            withheld = block.denoise(z, level, torch.full_like(some, config.n_class))
             return withheld + guidance * (d - withheld)  # classifier-free guidance, on all channels
-        z = torch.randn(len(part), config.n_channel, config.image_size, config.image_size).to(part.device)
-        out.append(blocks[0].decode(euler(denoise, noise.sigma_max * z, noise.steps(euler_steps))))
+        z = torch.randn(len(some), config.n_channel, config.image_size, config.image_size)
+        z = noise.sigma_max * z.to(some.device)                              # (N, K, H, W)
+        out.append(blocks[0].decode(euler(denoise, z, noise.steps(euler_steps))))
     images = torch.cat(out)                                                  # (N, K, H, W)
     if not images.isfinite().all():
         raise ValueError("a generated image is not finite; train again with a lower lr")
-    return to_bytes(images).float() / 127.5 - 1 if config.n_channel in (1, 3) else images
+    if config.n_channel in (1, 3):
+        return to_bytes(images).float() / 127.5 - 1
+    return images
 
 
 def to_bytes(images):
@@ -321,26 +331,33 @@ def sample(nets, sampling, data=None):
 @torch.no_grad()
 def denoising_loss(nets, images, label, sigma):
     """Weighted squared error per pixel of sigma's owner (a float), with the same noise for all models."""
-    block, generator, total = nets[nets[0].noise.block_of(sigma)], torch.Generator().manual_seed(0), 0.0
-    for y, part in zip(block.encode(images).split(500), label.split(500)):   # (B, K, H, W), (B,)
+    block = nets[nets[0].noise.block_of(sigma)]
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for y, some in zip(block.encode(images).split(500), label.split(500)):   # (B, K, H, W), (B,)
         level = torch.full((len(y),), sigma, device=y.device)                # (B,)
         z = y + sigma * torch.randn(y.shape, generator=generator).to(y.device)
-        total += (block.denoise(z, level, part) - y).pow(2).flatten(1).mean(1).sum().item()
+        error = (block.denoise(z, level, some) - y).pow(2).flatten(1).mean(1)                # (B,)
+        total += error.sum().item()
     return block.noise.weight(torch.tensor(sigma)).item() * total / len(images)
 
 
 def evaluate(blocks, others, data, n_levels=24):
     """Tables {title: {row: {column: value}}} of the blocks and of others {"end to end": net, "control": net}:
     the loss on held-out images, the mean over all levels, and over those that each block owns."""
-    models, noise = {k: [net] for k, net in others.items()} | {"blocks": blocks}, blocks[0].noise
+    noise = blocks[0].noise
+    models = {name: [net] for name, net in others.items()} | {"blocks": blocks}
     images, label = data.held_out(1000, blocks[0].config)
-    main, by_block = {}, {f"block {b}": {} for b in range(len(blocks))}
+    # levels that are equally likely in training: the mean over them is the loss of training
     sigmas = noise.icdf([(i + 0.5) / n_levels for i in range(n_levels)]).tolist()
+    owners = [noise.block_of(sigma) for sigma in sigmas]
+    rows = {}
+    by_block = {f"block {b}": {} for b in range(len(blocks))}
     for name, nets in models.items():
-        losses = [(noise.block_of(s), denoising_loss(nets, images, label, s)) for s in sigmas]
-        main[name] = {"weighted squared error": sum(loss for _, loss in losses) / n_levels}
+        losses = [denoising_loss(nets, images, label, sigma) for sigma in sigmas]
+        rows[name] = {"weighted squared error": sum(losses) / n_levels}
         for b in range(len(blocks)):
-            own = [loss for owner, loss in losses if owner == b]
+            own = [loss for owner, loss in zip(owners, losses) if owner == b]
             by_block[f"block {b}"][name] = sum(own) / max(1, len(own))
         print(f"scored {name}", flush=True)
-    return {"denoising loss on held-out images": main, "denoising loss by block": by_block}
+    return {"denoising loss on held-out images": rows, "denoising loss by block": by_block}

@@ -19,9 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, decode_labels, edm_logits, ensemble,
-                              require, require_finite, score_labels, score_loss, split_layers, target_table,
-                              token_losses)
+from diffusion_blocks import (LabelScores, LogNormal, average, bayes_logits, cross_entropy, decode_labels,
+                              edm_logits, largest_block, require, require_finite, score_labels, score_loss,
+                              split_layers, target_table, token_losses, windows_at_once)
 
 DATA = "text"  # the module of data/ that this model is trained on
 
@@ -51,8 +51,9 @@ class Config:
         require(self.readout in ("bayes", "edm"), "readout must be bayes or edm", self.readout)
 
     def control(self):
-        """The control has one block's worth of layers. If the blocks do no better, depth was not used."""
-        n_layer = max(1, self.n_layer // self.noise.n_blocks)
+        """The Config of the control: as many layers as the largest block has, trained end to end. Blocks that are
+        no better than it have made no use of the other layers."""
+        n_layer = largest_block(self.n_layer, self.noise.n_blocks, self.layer_split)
         return replace(self, n_layer=n_layer, layer_split="", noise=LogNormal())
 
 
@@ -72,15 +73,15 @@ PRESETS = {
 class Sampling:
     prompt: tuple = ("\n",)     # one or more texts to continue
     n_tokens: int = 256         # tokens to add to each
-    temperature: float = 1.0    # of the softmax (euler: scale of the starting noise); 0: greedy
-    sampler: str = "ensemble"   # of blocks: ensemble, their mean log p; or euler, a chain over noise levels
-    euler_steps: int = 0        # euler: noise levels visited for each token; 0: max(n_blocks + 1, 4)
+    temperature: float = 1.0    # of the softmax (chain: scale of the starting noise); 0: greedy
+    sampler: str = "averaged"   # of blocks: averaged, the mean of their log p; or chain, over noise levels
+    euler_steps: int = 0        # chain: noise levels visited for each token; 0: max(n_blocks + 1, 4)
 
     def __post_init__(self):
         require(all(self.prompt), "a prompt must not be empty", list(self.prompt))
         require(self.n_tokens >= 0, "n_tokens must be at least 0", self.n_tokens)
         require(self.temperature >= 0, "temperature must be at least 0", self.temperature)
-        require(self.sampler in ("ensemble", "euler"), "sampler must be ensemble or euler", self.sampler)
+        require(self.sampler in ("averaged", "chain"), "sampler must be averaged or chain", self.sampler)
 
 
 # ---- The transformer layer --------------------------------------------------------------------------------
@@ -153,8 +154,11 @@ class Layer(nn.Module):
 
     def forward(self, x, start=0, past=None, mask=None, cond=None):
         """x (B, T, C), cond (B, 1, n_cond) or None -> (B, T, C), and the keys and values of x for a cache."""
-        six = self.modulation(cond).chunk(6, dim=-1) if cond is not None else [0.0] * 6     # (B, 1, C) each
-        shift1, scale1, gate1, shift2, scale2, gate2 = six
+        if cond is None:
+            h, new = self.attention(self.norm1(x), start, past, mask)        # (B, T, C)
+            x = x + h
+            return x + self.mlp(self.norm2(x)), new
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)    # (B, 1, C) each
         h, new = self.attention(self.norm1(x) * (1 + scale1) + shift1, start, past, mask)
         x = x + (1 + gate1) * h
         x = x + (1 + gate2) * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
@@ -176,7 +180,17 @@ class NoiseEmbedding(nn.Module):
 
 def join(past, new):
     """Keys and values of the past and of new tokens, (B, H, T' + T, D) each; past may be None."""
-    return tuple(torch.cat(pair, dim=2) for pair in zip(past, new)) if past else new
+    if past is None:
+        return new
+    return torch.cat([past[0], new[0]], dim=2), torch.cat([past[1], new[1]], dim=2)
+
+
+def read_cache(cache, x, n_layer):
+    """The position of the first of tokens x (B, T) after a cache, and the past of every layer, a pair or None."""
+    if cache is None:
+        return 0, [None] * n_layer
+    assert x.shape[1] == 1  # tokens added together would see each other's future
+    return cache[0][0].shape[2], cache
 
 
 def init_weights(net):
@@ -220,9 +234,7 @@ class Block(nn.Module):
     def context(self, x, cache=None):
         """[(k, v)] of every layer: keys and values (B, H, T' + T, D) of clean tokens x (B, T), after those of
         an earlier cache. They do not depend on noise."""
-        assert not cache or x.shape[1] == 1  # tokens added together would see each other's future
-        start = cache[0][0].shape[2] if cache else 0
-        past = cache or [None] * len(self.layers)
+        start, past = read_cache(cache, x, len(self.layers))
         h, out = self.embed(x), []                                           # (B, T, C)
         for layer, kv in zip(self.layers[:-1], past):
             h, new = layer(h, start, kv)                                     # (B, T, C)
@@ -235,7 +247,8 @@ class Block(nn.Module):
         and sigma (B,)."""
         c_in, c_noise = self.noise.input_scales(sigma)
         cond = self.noise_embedding(c_noise)                                 # (B, 1, n_cond)
-        n, start = x.shape[1], context[0][0].shape[2] - x.shape[1]
+        n = x.shape[1]
+        start = context[0][0].shape[2] - n
         # a slot sees clean tokens up to its own, itself, and no other slot
         clean = torch.ones(n, start + n, dtype=torch.bool, device=x.device).tril(start)
         itself = torch.eye(n, dtype=torch.bool, device=x.device)
@@ -260,14 +273,12 @@ class Block(nn.Module):
     def forward(self, batch):
         """The score loss in nats per token of this block alone; batch (B, T + 1) token ids."""
         x, target = batch[:, :-1], batch[:, 1:]                              # (B, T) each
-        context = self.context(x)
-
-        def error(z, sigma):
-            h = self.features(x, z, sigma, context)                          # (B, T, C)
-            readout = partial(self.readout, sigma=sigma)
-            nats = token_losses(readout, self.config.vocab_size, target, h, z)               # (B, T)
-            return nats.mean(1)                                              # (B,)
-        return score_loss(error, self.table[target], self.noise, self.b)
+        sigma = self.noise.sample(self.b, len(x), x.device)                  # (B,)
+        z = self.noise.corrupt(self.table[target], sigma)                    # (B, T, C)
+        h = self.features(x, z, sigma, self.context(x))                      # (B, T, C)
+        readout = partial(self.readout, sigma=sigma)
+        nats = token_losses(readout, self.config.vocab_size, target, h, z)   # (B, T)
+        return score_loss(nats.mean(1), sigma, self.noise)
 
 
 class EndToEnd(nn.Module):
@@ -285,10 +296,9 @@ class EndToEnd(nn.Module):
 
     def features(self, x, cache=None):
         """(B, T, C), what the head reads at each of tokens x (B, T), and a cache of all tokens so far."""
-        assert not cache or x.shape[1] == 1  # tokens added together would see each other's future
-        start = cache[0][0].shape[2] if cache else 0
+        start, past = read_cache(cache, x, len(self.layers))
         h, out = self.embed(x), []                                           # (B, T, C)
-        for layer, kv in zip(self.layers, cache or [None] * len(self.layers)):
+        for layer, kv in zip(self.layers, past):
             h, new = layer(h, start, kv)                                     # (B, T, C)
             out.append(join(kv, new))
         return self.norm(h), out                                             # (B, T, C), pairs of all layers
@@ -311,46 +321,56 @@ class EndToEnd(nn.Module):
 # ---- Generation and evaluation ----------------------------------------------------------------------------
 
 @torch.no_grad()
-def generate(nets, tokens, n_tokens, use_cache=True, **how):
+def generate(nets, tokens, n_tokens, temperature=1.0, sampler="averaged", euler_steps=0, use_cache=True):
     """(N, T + n_tokens): tokens (N, T), T > 0, and more. nets: the list of blocks, or one EndToEnd."""
     seq_len = (nets[0] if isinstance(nets, list) else nets).config.seq_len
-    start, cache, half = 0, None, seq_len // 2
+    half = seq_len // 2
+    start, cache = 0, None
     for i in range(tokens.shape[1], tokens.shape[1] + n_tokens):
         first = max(0, math.ceil((i - seq_len) / half) * half)  # a full window drops its older half
         if first != start or not use_cache:
             start, cache = first, None
-        token, cache = next_token(nets, tokens[:, start:i], cache, **how)
+        token, cache = next_token(nets, tokens[:, start:i], cache, temperature, sampler, euler_steps)
         tokens = torch.cat([tokens, token[:, None]], dim=1)
     return tokens
 
 
-def next_token(nets, tokens, cache, temperature=1.0, sampler="ensemble", euler_steps=0):
+def next_token(nets, tokens, cache, temperature, sampler, euler_steps):
     """A token (N,) after tokens (N, T), and a cache of them all; the one given holds all but the last, or is
-    None. It costs a block one position of the clean stream and a slot (euler: one for each of its levels)."""
-    new = tokens[:, -1:] if cache else tokens
+    None. It costs a block one position of the clean stream and a slot (chain: one for each of its levels)."""
+    new = tokens if cache is None else tokens[:, -1:]                        # (N, T or 1)
     if isinstance(nets, EndToEnd):
-        logits, cache = nets.logits(new, cache)                              # (N, 1 or T, V)
-    else:
-        cache = [block.context(new, past) for block, past in zip(nets, cache or [None] * len(nets))]
+        logits, cache = nets.logits(new, cache)                              # (N, T or 1, V)
+        return draw(logits[:, -1], temperature), cache
+    pasts = [None] * len(nets) if cache is None else cache
+    contexts = [block.context(new, past) for block, past in zip(nets, pasts)]
 
-        def slot(b, z, sigma):
-            return nets[b].logits(new[:, -1:], z, sigma, cache[b])           # (N, 1, V)
-        how = slot, (len(tokens), 1), nets[0].table, nets[0].noise
-        if sampler == "euler":
-            return decode_labels(*how, nets[0].noise.steps(euler_steps), temperature)[:, 0], cache
-        logits = ensemble(*how, range(len(nets)))                            # (N, 1, V)
+    def slot(b, z, sigma):
+        return nets[b].logits(new[:, -1:], z, sigma, contexts[b])            # (N, 1, V)
+    shape, table, noise = (len(tokens), 1), nets[0].table, nets[0].noise
+    if sampler == "chain":
+        token = decode_labels(slot, shape, table, noise, noise.steps(euler_steps), temperature)
+        return token[:, 0], contexts
+    log_p = average(slot, shape, table, noise, range(len(nets)))             # (N, 1, V)
+    return draw(log_p[:, 0], temperature), contexts
+
+
+def draw(logits, temperature):
+    """Tokens (N,) drawn from logits (N, V); at temperature 0 the most probable."""
     if temperature == 0:
-        return logits[:, -1].argmax(-1), cache
-    return torch.multinomial((logits[:, -1] / temperature).softmax(-1), 1).squeeze(1), cache
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
 
 
 def sample(nets, sampling, data):
     """The prompts continued, as one printable text."""
-    device, texts = (nets[0] if isinstance(nets, list) else nets).embed.weight.device, []
-    how = dict(temperature=sampling.temperature, sampler=sampling.sampler, euler_steps=sampling.euler_steps)
+    device = (nets[0] if isinstance(nets, list) else nets).embed.weight.device
+    texts = []
     for prompt in sampling.prompt:
         tokens = torch.tensor([data.tokenizer.encode(prompt).tolist()], device=device)       # (1, T)
-        texts.append(data.tokenizer.decode(generate(nets, tokens, sampling.n_tokens, **how)[0].tolist()))
+        tokens = generate(nets, tokens, sampling.n_tokens, sampling.temperature, sampling.sampler,
+                          sampling.euler_steps)                                              # (1, T + n_tokens)
+        texts.append(data.tokenizer.decode(tokens[0].tolist()))
     return "\n---\n".join(texts)
 
 
@@ -358,17 +378,20 @@ def sample(nets, sampling, data):
 def evaluate(blocks, others, data, n_windows=256):
     """Tables {title: {row: {column: value}}} of the blocks and of others {"end to end": net, "control": net}
     on held-out windows, in bits per byte whatever the tokenizer."""
-    config, noise, table, total = blocks[0].config, blocks[0].noise, blocks[0].table, Counter()
+    config, noise, table = blocks[0].config, blocks[0].noise, blocks[0].table
     windows = data.held_out(n_windows, config)                               # (N, T + 1)
-    for w in windows.split(max(1, min(32, 2 ** 27 // (config.vocab_size * config.seq_len)))):
+    nats = Counter()  # of each of the others, summed over tokens
+    scores = LabelScores.zero(len(blocks))
+    for w in windows.split(windows_at_once(config.vocab_size, config.seq_len, 32)):
         x, target = w[:, :-1], w[:, 1:]                                      # (B, T) each
         for name, net in others.items():
-            total[name] += cross_entropy(net.logits(x)[0], target).sum().item()
+            nats[name] += cross_entropy(net.logits(x)[0], target).sum().item()
         contexts = [block.context(x) for block in blocks]
-        total.update(score_labels(lambda b, z, sigma: blocks[b].logits(x, z, sigma, contexts[b]),
-                                  target, table, noise))
-    bits = 1 / (math.log(2) * data.bytes_per_token * windows[:, 1:].numel())
-    scores = {name: {"bits per byte": bits * nats} for name, nats in total.items()}
-    shares = {name: scores.pop(name) for name in [*(f"block {b}" for b in range(len(blocks))), "ends"]}
-    scores["blocks (bound)"] = {"bits per byte": sum(row["bits per byte"] for row in shares.values())}
-    return {"bits per byte on held-out text": scores, "the bound, share by share": shares}
+
+        def logits(b, z, sigma):
+            return blocks[b].logits(x, z, sigma, contexts[b])                # (B, T, V)
+        scores += score_labels(logits, target, table, noise)
+    per_byte = 1 / (math.log(2) * data.bytes_per_token * windows[:, 1:].numel())
+    rows = {name: {"bits per byte": per_byte * nats[name]} for name in others}
+    of_blocks, shares = scores.tables(per_byte, "bits per byte")
+    return {"bits per byte on held-out text": rows | of_blocks, "the bound, share by share": shares}

@@ -16,7 +16,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion_blocks import Masking, bound_share, cross_entropy, require, score_loss, split_layers
+from diffusion_blocks import (Masking, bound_draws, cross_entropy, largest_block, require, require_finite, score_loss,
+                              split_layers, windows_at_once)
 
 DATA = "text"  # the module of data/ that this model is trained on
 
@@ -33,18 +34,19 @@ class Config:
     noise: Masking = field(default_factory=lambda: Masking(n_blocks=3))
 
     def __post_init__(self):
+        require_finite(self)
         split_layers(self.n_layer, self.noise.n_blocks, self.layer_split)
         require(self.n_head >= 1, "n_head must be at least 1", self.n_head)
         require(self.n_embd >= 1 and self.n_embd % (2 * self.n_head) == 0,
                 f"n_embd must be a multiple of twice n_head {self.n_head}", self.n_embd)
         require(self.n_cond >= 2 and self.n_cond % 2 == 0, "n_cond must be even and above 0", self.n_cond)
         require(self.seq_len >= 2, "seq_len must be at least 2", self.seq_len)
-        self.noise.mask_id = self.vocab_size
 
     def control(self):
-        """The control has one block's worth of layers. If the blocks do no better, depth was not used."""
-        return replace(self, n_layer=max(1, self.n_layer // self.noise.n_blocks), layer_split="",
-                       noise=replace(self.noise, n_blocks=1))
+        """The Config of the control: as many layers as the largest block has, trained end to end. Blocks that are
+        no better than it have made no use of the other layers."""
+        n_layer = largest_block(self.n_layer, self.noise.n_blocks, self.layer_split)
+        return replace(self, n_layer=n_layer, layer_split="", noise=replace(self.noise, n_blocks=1))
 
 
 # A preset names fields of Config, its noise, the data's settings or train.py's Training.
@@ -165,6 +167,7 @@ class Block(nn.Module):
     def __init__(self, config, b):
         super().__init__()
         self.config, self.b, self.noise = config, b, config.noise
+        self.mask_id = config.vocab_size  # a token that no text has
         layers = split_layers(config.n_layer, config.noise.n_blocks, config.layer_split)[b]
         self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)      # the last row: the mask
         self.noise_embedding = NoiseEmbedding(config.n_cond)
@@ -187,12 +190,15 @@ class Block(nn.Module):
 
     def masked_nats(self, z, t, y):
         """Cross-entropy (B,) of y (B, T), summed over the masked places of z (B, T)."""
-        return (cross_entropy(self.logits(z, t), y) * (z == self.noise.mask_id)).sum(1)
+        return (cross_entropy(self.logits(z, t), y) * (z == self.mask_id)).sum(1)
 
     def forward(self, batch):
         """The score loss in nats per token of this block; batch (B, T + 1) token ids, the last unused."""
         y = batch[:, :-1]                                                    # (B, T)
-        return score_loss(lambda z, t: self.masked_nats(z, t, y) / y.shape[1], y, self.noise, self.b)
+        t = self.noise.sample(self.b, len(y), y.device)                      # (B,)
+        z = self.noise.corrupt(y, t, self.mask_id)                           # (B, T)
+        error = self.masked_nats(z, t, y) / y.shape[1]                       # (B,)
+        return score_loss(error, t, self.noise)
 
 
 class EndToEnd(Block):
@@ -208,8 +214,11 @@ class EndToEnd(Block):
 def with_gaps(prompt, tokenizer, mask_id, seq_len):
     """(1, T) token ids of a prompt, masks in the place of <gap:N>. Raises ValueError."""
     tokens = []
-    for i, part in enumerate(re.split(r"<gap:(\d+)>", prompt)):              # text, number, text, ..., text
-        tokens += [mask_id] * int(part) if i % 2 else tokenizer.encode(part).tolist()
+    for i, piece in enumerate(re.split(r"<gap:(\d+)>", prompt)):             # text, number, text, ..., text
+        if i % 2 == 0:
+            tokens += tokenizer.encode(piece).tolist()
+        else:
+            tokens += [mask_id] * int(piece)
     if mask_id not in tokens or len(tokens) > seq_len:
         raise ValueError(f"the prompt {prompt!r} must have a gap, such as def <gap:8>(self), and at most "
                          f"{seq_len} tokens with its gaps; it has {len(tokens)}")
@@ -223,49 +232,63 @@ def fill(nets, z, sampling):
     nets: the list of blocks, or one EndToEnd. A move runs the block that owns the time it starts from. The
     first time is the one that goes with the part of z that is masked: a block sees what it was trained on."""
     blocks = nets if isinstance(nets, list) else [nets]
-    noise = blocks[0].noise
-    start = noise.time_of((z == noise.mask_id).float().mean().item())
-    steps = noise.steps(sampling.n_moves, sampling.grid, start)              # (n_moves + 1,)
-    for t, s in zip(steps[:-1], steps[1:]):
-        time = torch.full((len(z),), t.item(), device=z.device)              # (B,)
-        logits = blocks[noise.block_of(t.item())].logits(z, time)            # (B, T, V)
-        token = logits.argmax(-1)                                            # (B, T)
-        if sampling.temperature > 0:
+    noise, mask_id = blocks[0].noise, blocks[0].mask_id
+    start = noise.time_of((z == mask_id).float().mean().item())
+    times = noise.times(sampling.n_moves, sampling.grid, start)              # (n_moves + 1,)
+    for t, s in zip(times[:-1], times[1:]):
+        level = torch.full((len(z),), t.item(), device=z.device)             # (B,)
+        logits = blocks[noise.block_of(t.item())].logits(z, level)           # (B, T, V)
+        if sampling.temperature == 0:
+            token = logits.argmax(-1)                                        # (B, T)
+        else:
             p = (logits / sampling.temperature).softmax(-1)
-            token = torch.multinomial(p.flatten(0, 1), 1).view_as(z)
-        # of what is masked at t, the part that is visible at s; at the end everything
-        reveal = 1.0 if s == 0 else (1 - noise.mask_probability(s) / noise.mask_probability(t)).item()
-        z = torch.where((z == noise.mask_id) & (torch.rand(z.shape, device=z.device) < reveal), token, z)
+            token = torch.multinomial(p.flatten(0, 1), 1).view_as(z)         # (B, T)
+        reveal = 1.0  # at the end everything
+        if s > 0:     # else, of what is masked at t, the part that is visible at s
+            reveal = (1 - noise.mask_probability(s) / noise.mask_probability(t)).item()
+        revealed = (z == mask_id) & (torch.rand(z.shape, device=z.device) < reveal)
+        z = torch.where(revealed, token, z)
     return z
 
 
 def sample(nets, sampling, data):
     """The prompts with their gaps filled, as one printable text. Raises ValueError."""
-    net, texts = nets[0] if isinstance(nets, list) else nets, []
+    net = nets[0] if isinstance(nets, list) else nets
+    device = net.embed.weight.device
+    texts = []
     for prompt in sampling.prompt:
-        z = with_gaps(prompt, data.tokenizer, net.noise.mask_id, net.config.seq_len)     # (1, T)
-        texts.append(data.tokenizer.decode(fill(nets, z.to(net.embed.weight.device), sampling)[0].tolist()))
+        z = with_gaps(prompt, data.tokenizer, net.mask_id, net.config.seq_len)           # (1, T)
+        tokens = fill(nets, z.to(device), sampling)                                      # (1, T)
+        texts.append(data.tokenizer.decode(tokens[0].tolist()))
     return "\n---\n".join(texts)
 
 
 @torch.no_grad()
+def bound_share(net, windows, noise, b):
+    """The share, in nats a token, of the bound that falls into block b's interval of t, for windows (N, T)."""
+    total = 0.0
+    for y in windows.split(windows_at_once(net.config.vocab_size, windows.shape[1], 64)):    # (B, T)
+        for t, density in bound_draws(noise, b, y, n=1):                     # (B,) each
+            z = noise.corrupt(y, t, net.mask_id)                             # (B, T)
+            total += (density * net.masked_nats(z, t, y)).mean().item() * len(y)
+    return total / windows.numel()
+
+
 def evaluate(blocks, others, data):
     """Tables {title: {row: {column: value}}} of the blocks and of others {"end to end": net, "control": net}:
     the bound on the whole held-out text, and its share from each block's interval of t, in bits per byte."""
-    config, noise, shares = blocks[0].config, blocks[0].noise, {}
-    windows = data.held_out(None, config)[:, :-1]                         # (N, T)
-    batches = windows.split(max(1, min(64, 2 ** 27 // (config.vocab_size * config.seq_len))))
-    models = {name: [net] * len(blocks) for name, net in others.items()} | {"blocks": blocks}
+    config, noise = blocks[0].config, blocks[0].noise
+    windows = data.held_out(None, config)[:, :-1]                            # (N, T)
+    per_byte = 1 / math.log(2) / data.bytes_per_token
+    names = [*others, "blocks"]
+    shares = {}
     for b in range(len(blocks)):
-        row = dict.fromkeys(models, 0.0)
-        for name, nets in models.items():
-            for y in batches:                                                # (B, T)
-                share = bound_share(lambda z, t: nets[b].masked_nats(z, t, y), y, noise, b, n=1)
-                row[name] += share * len(y) / windows.numel() / math.log(2) / data.bytes_per_token
+        row = {name: per_byte * bound_share(net, windows, noise, b) for name, net in others.items()}
+        row["blocks"] = per_byte * bound_share(blocks[b], windows, noise, b)
         shares["block {}, t {:.3g} to {:.3g}".format(b, *noise.interval(b))] = row
         print(f"scored the levels of block {b}", flush=True)
     # masked at t = 0, or visible at t = 1 already, and then guessed among all tokens; MD4 counts the first
     ends = 2 * noise.eps * math.log2(config.vocab_size) / data.bytes_per_token
-    shares["ends"] = dict.fromkeys(models, ends)
-    main = {name: {"bits per byte": sum(row[name] for row in shares.values())} for name in models}
-    return {"bits per byte on held-out text (bound)": main, "the bound by interval, bits per byte": shares}
+    shares["ends"] = dict.fromkeys(names, ends)
+    rows = {name: {"bits per byte": sum(row[name] for row in shares.values())} for name in names}
+    return {"bits per byte on held-out text (bound)": rows, "the bound by interval, bits per byte": shares}

@@ -19,8 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, edm_logits, euler, require,
-                              require_finite, score_labels, score_loss, target_table, token_losses)
+from diffusion_blocks import (LabelScores, LogNormal, bayes_logits, cross_entropy, edm_logits, euler, require,
+                              require_finite, score_labels, score_loss, target_table, token_losses,
+                              windows_at_once)
 
 DATA = "text"  # the module of data/ that this model is trained on
 
@@ -55,7 +56,7 @@ class Config:
         require(self.readout in ("bayes", "edm"), "readout must be bayes or edm", self.readout)
 
     def control(self):
-        """The control is trained with one pass. If the block does no better, its passes were not used."""
+        """The Config of the control: one pass. A block that is no better than it has made no use of its passes."""
         return replace(self, mean_passes=1)
 
 
@@ -153,8 +154,11 @@ class SandwichLayer(nn.Module):
 
     def forward(self, x, start=0, past=None, mask=None, cond=None):
         """x (B, T, C), cond (B, 1, n_cond) or None -> (B, T, C), and the keys and values of x for a cache."""
-        six = self.modulation(cond).chunk(6, dim=-1) if cond is not None else [0.0] * 6     # (B, 1, C) each
-        shift1, scale1, gate1, shift2, scale2, gate2 = six
+        if cond is None:
+            h, new = self.attention(self.norm1(x), start, past, mask)        # (B, T, C)
+            x = self.norm2(x + h)
+            return self.norm4(x + self.mlp(self.norm3(x))), new
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)    # (B, 1, C) each
         h, new = self.attention(self.norm1(x) * (1 + scale1) + shift1, start, past, mask)
         x = self.norm2(x + (1 + gate1) * h)
         x = self.norm4(x + (1 + gate2) * self.mlp(self.norm3(x) * (1 + scale2) + shift2))
@@ -262,14 +266,13 @@ class Block(Recurrent):
     def forward(self, batch):
         """The score loss in nats per token, one pass through the network; batch (B, T + 1) token ids."""
         x, target = batch[:, :-1], batch[:, 1:]                              # (B, T) each
+        sigma = self.noise.sample(self.b, len(x), x.device)                  # (B,)
+        z = self.noise.corrupt(self.table[target], sigma)                    # (B, T, C)
         e, _ = self.condition(x)                                             # (B, T, C)
-
-        def error(z, sigma):
-            h, _ = self.features(e, z, sigma)                                # (B, T, C)
-            readout = partial(self.readout, sigma=sigma)
-            nats = token_losses(readout, self.config.vocab_size, target, h, z)               # (B, T)
-            return nats.mean(1)                                              # (B,)
-        return score_loss(error, self.table[target], self.noise, self.b)
+        h, _ = self.features(e, z, sigma)                                    # (B, T, C)
+        readout = partial(self.readout, sigma=sigma)
+        nats = token_losses(readout, self.config.vocab_size, target, h, z)   # (B, T)
+        return score_loss(nats.mean(1), sigma, self.noise)
 
 
 class EndToEnd(Recurrent):
@@ -284,7 +287,8 @@ class EndToEnd(Recurrent):
         """(B, T, C) normal noise cut at 3 deviations (Huginn); by erfinv: trunc_normal_ waits for the GPU."""
         if self.config.mean_passes == 1:
             return torch.zeros_like(e)
-        u, std = torch.rand(e.shape, device=e.device), (2 / 5) ** 0.5        # sqrt(2 / 5C) * sqrt(C)
+        u = torch.rand(e.shape, device=e.device)
+        std = (2 / 5) ** 0.5                                                 # sqrt(2 / 5C) * sqrt(C)
         return std * math.sqrt(2) * torch.erfinv((2 * u - 1) * math.erf(3 / math.sqrt(2)))
 
     def draw_passes(self):
@@ -294,7 +298,8 @@ class EndToEnd(Recurrent):
 
     def features(self, x, n_passes=0):
         """(B, T, C), what the head reads at each of tokens x (B, T). 0 passes: the mean number of them."""
-        n_passes, train = n_passes or self.config.mean_passes, torch.is_grad_enabled()
+        n_passes = n_passes or self.config.mean_passes
+        train = torch.is_grad_enabled()
         e, _ = self.condition(x)                                             # (B, T, C)
         state = self.first_state(e)
         for k in range(n_passes):
@@ -321,58 +326,91 @@ class EndToEnd(Recurrent):
 # ---- Generation and evaluation ----------------------------------------------------------------------------
 
 @torch.no_grad()
-def generate(nets, tokens, n_tokens, use_cache=True, **how):
-    """(N, T + n_tokens): tokens (N, T), T > 0, and more. nets: the list of blocks, or one EndToEnd."""
+def generate(nets, tokens, n_tokens, temperature=1.0, n_passes=32, use_cache=True):
+    """(N, T + n_tokens): tokens (N, T), T > 0, and more. nets: the block in a list, or one EndToEnd."""
     seq_len = (nets[0] if isinstance(nets, list) else nets).config.seq_len
-    start, cache, half = 0, None, seq_len // 2
+    half = seq_len // 2
+    start, cache = 0, None
     for i in range(tokens.shape[1], tokens.shape[1] + n_tokens):
         first = max(0, math.ceil((i - seq_len) / half) * half)  # a full window drops its older half
         if first != start or not use_cache:
             start, cache = first, None
-        token, cache = next_token(nets, tokens[:, start:i], cache, **how)
+        if isinstance(nets, list):
+            token, cache = next_token(nets[0], tokens[:, start:i], cache, temperature, n_passes)
+        else:  # it has no cache: it computes its window again
+            token = next_token_end_to_end(nets, tokens[:, start:i], temperature, n_passes)
         tokens = torch.cat([tokens, token[:, None]], dim=1)
     return tokens
 
 
-def next_token(nets, tokens, cache, temperature=1.0, n_passes=32):
-    """A token (N,) after tokens (N, T), and a cache of the slots whose targets are known; the one given holds
-    all of these but the last, or is None. The baseline has none: it computes its window again."""
-    if isinstance(nets, EndToEnd):
-        logits = nets.logits(tokens, n_passes if nets.config.mean_passes > 1 else 1)[:, -1]  # (N, V)
-        if temperature == 0:
-            return logits.argmax(-1), None
-        return torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1), None
-    block, past, start = nets[0], cache or {}, tokens.shape[1] - 1 if cache else 0
-    e, new = block.condition(tokens[:, start:], start, past.get("prelude"))  # (N, 1 or T, C)
-    out = {"prelude": extended(past.get("prelude"), new), "e": e[:, -1:]}
+def next_token_end_to_end(net, tokens, temperature, n_passes):
+    """A token (N,) after tokens (N, T), from a baseline, or from a control, which has one pass."""
+    if net.config.mean_passes == 1:
+        n_passes = 1
+    logits = net.logits(tokens, n_passes)[:, -1]                             # (N, V)
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1).squeeze(1)
+
+
+@dataclass
+class Cache:
+    """What a block keeps of a window whose last token is new: all but the last slot have known targets.
+
+    Keys and values are [(k, v)] of all layers, (N, H, T, D) each. Those of the slots depend on the noise level, so
+    they are kept for every level that the sampler visits."""
+    prelude: list    # keys and values of the clean tokens
+    e: torch.Tensor  # (N, 1, C) of the open slot, whose target was not known yet
+    slots: dict = field(default_factory=dict)  # {sigma: keys and values of the slots with known targets}
+
+
+def next_token(block, tokens, cache, temperature, n_passes):
+    """A token (N,) after tokens (N, T), and a Cache of them; the one given is of all but the last, or None."""
+    if cache is None:
+        e, prelude = block.condition(tokens)                                 # (N, T, C)
+        cache = Cache(None, None)
+    else:
+        last = tokens.shape[1] - 1
+        e, new = block.condition(tokens[:, last:], last, cache.prelude)      # (N, 1, C)
+        prelude = extended(cache.prelude, new)
+        e = torch.cat([cache.e, e], dim=1)                                   # (N, 2, C)
+    following = Cache(prelude, e[:, -1:])
     # the slots to run: n whose targets have become known, and the open one
-    e = torch.cat([past["e"], e], dim=1) if cache else e                     # (N, n + 1, C)
-    n, start = e.shape[1] - 1, tokens.shape[1] - e.shape[1]
+    n = e.shape[1] - 1
+    start = tokens.shape[1] - e.shape[1]
     known = block.table[tokens[:, start + 1:]]                               # (N, n, C)
 
     def denoise(z, sigma):
         level = torch.full((len(z),), sigma, device=z.device)
         slots = torch.cat([block.noise.corrupt(known, level), z], dim=1)     # (N, n + 1, C), as in training
-        logits, new = block.logits(e, slots, level, start, past.get(sigma))
-        out[sigma] = extended(past.get(sigma), [(k[:, :, :n], v[:, :, :n]) for k, v in new])
+        past = cache.slots.get(sigma)
+        logits, new = block.logits(e, slots, level, start, past)             # (N, n + 1, V)
+        following.slots[sigma] = extended(past, [(k[:, :, :n], v[:, :, :n]) for k, v in new])
         return logits[:, -1:].softmax(-1) @ block.table                      # (N, 1, C)
     z = temperature * block.noise.sigma_max * torch.randn_like(e[:, -1:])    # (N, 1, C)
-    d = euler(denoise, z, block.noise.steps(max(2, n_passes))[:n_passes])    # a single pass is at sigma_max
-    return (d @ block.table.T).argmax(-1)[:, 0], out
+    steps = block.noise.steps(max(2, n_passes))[:n_passes]                   # a single pass is at sigma_max
+    d = euler(denoise, z, steps)                                             # (N, 1, C)
+    return (d @ block.table.T).argmax(-1)[:, 0], following
 
 
 def extended(past, new):
     """[(k, v)] of all layers: those of the past (or None) and of new slots, (B, H, T' + T, D) each."""
-    return [tuple(torch.cat(kv, dim=2) for kv in zip(a, b)) for a, b in zip(past, new)] if past else new
+    if past is None:
+        return new
+    joined = []
+    for (k, v), (new_k, new_v) in zip(past, new):
+        joined.append((torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2)))
+    return joined
 
 
 def sample(nets, sampling, data):
     """The prompts continued, as one printable text."""
-    device, texts = (nets[0] if isinstance(nets, list) else nets).embed.weight.device, []
-    how = dict(temperature=sampling.temperature, n_passes=sampling.n_passes)
+    device = (nets[0] if isinstance(nets, list) else nets).embed.weight.device
+    texts = []
     for prompt in sampling.prompt:
         tokens = torch.tensor([data.tokenizer.encode(prompt).tolist()], device=device)       # (1, T)
-        texts.append(data.tokenizer.decode(generate(nets, tokens, sampling.n_tokens, **how)[0].tolist()))
+        tokens = generate(nets, tokens, sampling.n_tokens, sampling.temperature, sampling.n_passes)
+        texts.append(data.tokenizer.decode(tokens[0].tolist()))
     return "\n---\n".join(texts)
 
 
@@ -380,17 +418,20 @@ def sample(nets, sampling, data):
 def evaluate(blocks, others, data, n_windows=256):
     """Tables {title: {row: {column: value}}} of the block and of others {"end to end": net, "control": net}
     on held-out windows, in bits per byte whatever the tokenizer."""
-    block, config, total = blocks[0], blocks[0].config, Counter()
+    block, config = blocks[0], blocks[0].config
     windows = data.held_out(n_windows, config)                               # (N, T + 1)
-    for w in windows.split(max(1, min(16, 2 ** 27 // (config.vocab_size * config.seq_len)))):
+    nats = Counter()  # of each of the others, summed over tokens
+    scores = LabelScores.zero(1)
+    for w in windows.split(windows_at_once(config.vocab_size, config.seq_len, 16)):
         x, target = w[:, :-1], w[:, 1:]                                      # (B, T) each
         for name, net in others.items():
-            total[name] += cross_entropy(net.logits(x), target).sum().item()
+            nats[name] += cross_entropy(net.logits(x), target).sum().item()
         e, _ = block.condition(x)                                            # (B, T, C)
-        total.update(score_labels(lambda b, z, sigma: block.logits(e, z, sigma)[0],
-                                  target, block.table, block.noise))
-    bits = 1 / (math.log(2) * data.bytes_per_token * windows[:, 1:].numel())
-    scores = {name: {"bits per byte": bits * nats} for name, nats in total.items()}
-    shares = {name: scores.pop(name) for name in ("block 0", "ends")}
-    scores["blocks (bound)"] = {"bits per byte": sum(row["bits per byte"] for row in shares.values())}
-    return {"bits per byte on held-out text": scores, "the bound, share by share": shares}
+
+        def logits(b, z, sigma):
+            return block.logits(e, z, sigma)[0]                              # (B, T, V)
+        scores += score_labels(logits, target, block.table, block.noise)
+    per_byte = 1 / (math.log(2) * data.bytes_per_token * windows[:, 1:].numel())
+    rows = {name: {"bits per byte": per_byte * nats[name]} for name in others}
+    of_blocks, shares = scores.tables(per_byte, "bits per byte")
+    return {"bits per byte on held-out text": rows | of_blocks, "the bound, share by share": shares}

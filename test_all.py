@@ -45,8 +45,8 @@ import recurrent
 import train
 import vit
 from data import UserError, augment, images, text
-from diffusion_blocks import (LogNormal, Masking, bayes_logits, bound_ends, bound_share, cross_entropy,
-                              decode_labels, edm_logits, ensemble, euler, score_loss, split_layers,
+from diffusion_blocks import (LogNormal, Masking, bayes_logits, bound_draws, cross_entropy,
+                              average, decode_labels, edm_logits, euler, score_loss, split_layers,
                               target_table, token_losses)
 
 HERE = Path(train.__file__).parent
@@ -178,29 +178,43 @@ def test_samples_are_those_of_the_first_version():
         return nets
     start, masks = torch.tensor([[1, 2, 3]]), torch.full((1, 16), 64)
     for text, expected in (
-            (gpt.generate(made(gpt), start, 10, sampler="euler"), [26, 20, 21, 63, 8, 28, 35, 33, 5, 22]),
+            (gpt.generate(made(gpt), start, 10, sampler="chain"), [26, 20, 21, 63, 8, 28, 35, 33, 5, 22]),
             (gpt.generate(made(gpt, "end_to_end"), start, 8), [41, 43, 14, 22, 10, 63, 56, 4]),
             (recurrent.generate(made(recurrent), start, 8, n_passes=4), [51, 8, 22, 47, 27, 42, 59, 18]),
             (recurrent.generate(made(recurrent, "end_to_end"), start, 5, n_passes=3), [59, 38, 63, 63, 5]),
             (mdm.fill(made(mdm), masks, mdm.Sampling(n_moves=8)), [50, 0, 14, 52, 10, 17, 3, 22])):
         assert text[0].tolist()[-len(expected):] == expected
-    assert vit.classify(made(vit), IMAGES, "euler", 4, temperature=1.0).tolist() == [6, 1, 3, 3, 3, 3]
+    assert vit.classify(made(vit), IMAGES, "chain", 4, temperature=1.0).tolist() == [6, 1, 3, 3, 3, 3]
     size = dit.generate_images(made(dit), LABELS, 6, 1.5).abs().sum().item()
     assert size == pytest.approx(602.6353, rel=1e-4)
 
 
 @reference
 def test_draws_and_shares_of_the_bound_are_those_of_the_first_version():
-    noise, masking, y = LogNormal(3), Masking(3), target_table(20, 8, 0)[torch.arange(6)]
-    masking.mask_id, found = 64, [*noise.sample(1, 3).tolist(), *masking.sample(1, 2).tolist()]
-    found += bound_ends(lambda z, s: (z - y).abs().sum(1), y, noise)
+    noise, masking = LogNormal(3), Masking(3)
+    y = target_table(20, 8, 0)[torch.arange(6)]
+    found = [*noise.sample(1, 3).tolist(), *masking.sample(1, 2).tolist()]
+    lowest = torch.full((6,), noise.sigma_min)
+    found.append((noise.corrupt(y, lowest) - y).abs().sum(1).mean().item())
+    x = TOKENS[:, :-1]
     for b in range(3):
-        found += [bound_share(lambda z, t: (z == 64).float().sum(1), TOKENS[:, :-1], masking, b)]
+        share = 0.0
+        for t, density in bound_draws(masking, b, x):
+            n_masked = (masking.corrupt(x, t, 64) == 64).sum(1)
+            share += (density * n_masked).mean().item() / 4
+        found.append(share)
     assert found == pytest.approx([
-        .24797505, .32497409, .429831, .48547041, .66880375, .010794488, 7.8125e-05, 5.4013019, 5.3454314,
-        6.9884796], rel=1e-5)
-    for b, (lo, hi) in enumerate(noise.interval(b) for b in range(3)):     # the integral of sigma^-3 sigma^2
-        assert bound_share(lambda z, s: s ** 2, y, noise, b, 500) == pytest.approx(math.log(hi / lo), rel=.02)
+        .24797505, .32497409, .429831, .48547041, .66880375, .010794488, 5.4013019, 5.3454314, 6.9884796], rel=1e-5)
+
+
+def test_levels_of_the_bound_integrate_over_a_blocks_interval():
+    noise = LogNormal(3)
+    for b in range(3):
+        lo, hi = noise.interval(b)
+        share = 0.0
+        for sigma, density in bound_draws(noise, b, torch.zeros(6, 8), 500):
+            share += (density * sigma ** 2).mean().item() / 500
+        assert share == pytest.approx(math.log(hi / lo), rel=.02)          # of sigma^-3 sigma^2
 
 
 # ---- Noise levels and their division among blocks ---------------------------------------------------------
@@ -209,8 +223,8 @@ def test_layers_and_levels_are_divided_as_in_the_paper_or_as_told_or_not_at_all(
     assert split_layers(12, 3) == [range(0, 4), range(4, 8), range(8, 12)]
     assert split_layers(12, 3, "3,6,3") == [range(0, 3), range(3, 9), range(9, 12)]
     for ends in ([.002, .3012, 80], [.002, .1796, .5050, 80], [.002, .1341, .3012, .6766, 80]):
-        assert LogNormal(len(ends) - 1).ends == pytest.approx(ends, abs=5e-5)  # the paper's formula, by hand
-    assert LogNormal(2, sigma_min=.01, sigma_max=100, edges="uniform").ends == pytest.approx([.01, 1, 100])
+        assert LogNormal(len(ends) - 1).boundaries == pytest.approx(ends, abs=5e-5)  # the paper's formula, by hand
+    assert LogNormal(2, sigma_min=.01, sigma_max=100, edges="uniform").boundaries == pytest.approx([.01, 1, 100])
     noise = LogNormal(3, edges="0.1,7")
     assert [noise.interval(b) for b in range(3)] == [(7, 80), (.1, 7), (.002, .1)]
     for make, *wrong in ((LogNormal, 3, -1.2, 1.2, 90.0), (Masking, 3, -1.0), (split_layers, 12, 3, "4,9,1")):
@@ -240,17 +254,17 @@ def test_draws_follow_the_log_normal_cut_to_the_widened_interval_even_in_the_far
                                    LogNormal(4, edges="0.05,0.5,2"), Masking(5, schedule="cosine")])
 def test_each_level_has_one_owner_the_same_in_training_and_in_sampling(noise):
     n, noise = noise.n_blocks, replace(noise, gamma=0.0)
-    assert noise.interval(0)[1] == noise.ends[-1]               # block 0 runs first, at the highest noise
+    assert noise.interval(0)[1] == noise.boundaries[-1]               # block 0 runs first, at the highest noise
     for b in range(n):
         lo, hi = noise.interval(b)
         assert noise.block_of(hi) == b == noise.block_of(math.nextafter(lo, 99))
         assert noise.block_of(lo) == min(b + 1, n - 1)   # lo < level <= hi, and the lowest has one, too
         assert all(lo * .99999 <= s <= hi * 1.00001 for s in noise.sample(b, 200).tolist())    # in float32
-    for outside in (noise.ends[0] - .001, noise.ends[-1] + .001):
+    for outside in (noise.boundaries[0] - .001, noise.boundaries[-1] + .001):
         with pytest.raises(ValueError):
             noise.block_of(outside)
     if isinstance(noise, LogNormal) and noise.edges == "probability":
-        assert noise.steps(n + 1).tolist() == noise.ends[::-1]  # a grid can be the ends, to the bit
+        assert noise.steps(n + 1).tolist() == noise.boundaries[::-1]  # a grid can be the ends, to the bit
 
 
 # ---- Loss, readout, sampler: against closed forms ---------------------------------------------------------
@@ -264,10 +278,12 @@ def test_preconditioning_weight_and_loss_have_their_known_values_and_identities(
     assert c_noise[2].item() == pytest.approx(math.log(3) / 4) and (LogNormal().weight(sigma) == 1).all()
     # with D = z the error is sigma^2 |eps|^2, of mean 3 sigma^2: the weighted loss has a known expectation
     y, levels = torch.zeros(200_000, 3), noise.icdf((torch.arange(100_000) + .5) / 100_000)
-    loss = score_loss(lambda z, sigma: (z - y).pow(2).sum(1), y, noise, 0).item()
+    sigma = noise.sample(0, len(y))
+    error = (noise.corrupt(y, sigma) - y).pow(2).sum(1)
+    loss = score_loss(error, sigma, noise).item()
     assert loss == pytest.approx((3 * (levels ** 2 + .25) / .25).mean().item(), rel=.05)
-    with pytest.raises(AssertionError):  # (B,) weights and (B, 1) errors: the weight would be averaged away
-        score_loss(lambda z, sigma: (z - y[:9]).pow(2).sum(1, keepdim=True), y[:9], noise, 0)
+    with pytest.raises(ValueError, match=r"\(9, 1\).*\(9,\)"):  # or the weight would be averaged away
+        score_loss(error[:9, None], sigma[:9], noise)
 
 
 def test_the_target_table_has_unit_rows_at_right_angles_where_there_is_room():
@@ -313,7 +329,7 @@ def test_a_perfect_denoiser_is_carried_exactly_and_ideal_blocks_draw_from_the_pr
     def ideal(b, z, sigma):
         assert noise.block_of(sigma[0].item()) == b
         return bayes_logits(7 + log_p.expand(len(z), 10), z, sigma, table)  # not normalised
-    assert torch.allclose(ensemble(ideal, (3,), table, noise, range(4)), log_p.expand(3, 10), atol=1e-5)
+    assert torch.allclose(average(ideal, (3,), table, noise, range(4)), log_p.expand(3, 10), atol=1e-5)
     label = decode_labels(ideal, (4000,), table, noise, noise.steps(32), temperature=1.0)
     assert torch.allclose(label.bincount(minlength=10) / 4000, log_p.exp(), atol=.05)
     assert decode_labels(ideal, (3,), table, noise, noise.steps(5)).tolist() == [9, 9, 9]  # the most probable
@@ -321,8 +337,8 @@ def test_a_perfect_denoiser_is_carried_exactly_and_ideal_blocks_draw_from_the_pr
 
 @pytest.mark.parametrize("noise", [Masking(1), Masking(3), Masking(3, schedule="cosine")])
 def test_masks_have_their_schedule_and_every_block_an_equal_step_of_it(noise):
-    y, t, noise.mask_id = torch.randint(9, (4, 100_000)), torch.tensor([0.0, .3, .8, 1.0]), 9
-    z = noise.corrupt(y, t)
+    y, t = torch.randint(9, (4, 100_000)), torch.tensor([0.0, .3, .8, 1.0])
+    z = noise.corrupt(y, t, 9)
     alpha = 1 - t if noise.schedule == "linear" else 1 - torch.cos(math.pi / 2 * (1 - t))
     assert torch.allclose((z == 9).float().mean(1), 1 - alpha, atol=.006) and (z[z != 9] == y[z != 9]).all()
     assert [noise.time_of(noise.mask_probability(v).item()) for v in t.double()] == pytest.approx(t.tolist())
@@ -345,10 +361,10 @@ def test_masks_have_their_schedule_and_every_block_an_equal_step_of_it(noise):
 @each(*MODELS)
 def test_each_level_runs_its_owner_only_and_a_chain_starts_at_the_full_noise(module, monkeypatch):
     calls, nets, x = record(module, monkeypatch), blocks_of(module), TOKENS[:, :5]
-    {vit: lambda: vit.classify(nets, IMAGES, "euler", 6, temperature=1.0),
+    {vit: lambda: vit.classify(nets, IMAGES, "chain", 6, temperature=1.0),
      dit: lambda: dit.generate_images(nets, LABELS, 6),
      mdm: lambda: mdm.fill(nets, torch.full((6, 16), 64), mdm.Sampling(n_moves=6)),
-     gpt: lambda: gpt.generate(nets, x, 1, sampler="euler", euler_steps=6),
+     gpt: lambda: gpt.generate(nets, x, 1, sampler="chain", euler_steps=6),
      recurrent: lambda: recurrent.generate(nets, x, 1, n_passes=6)}[module]()
     owners, levels, z, _ = zip(*calls)
     # quantiles 1, .8, .6 | .4, .2, 0 of two blocks' halves
@@ -389,14 +405,14 @@ def test_blocks_share_nothing_and_the_control_has_one_blocks_layers(module):
 
 
 @pytest.mark.parametrize("module, n, how", [
-    (gpt, 4, dict(sampler="euler", euler_steps=4)), (gpt, 2, dict(sampler="ensemble")),
+    (gpt, 4, dict(sampler="chain", euler_steps=4)), (gpt, 2, dict(sampler="averaged")),
     (recurrent, 4, dict(n_passes=4))])                                     # n evaluations for each token
 def test_generation_computes_what_training_computes_with_a_cache_and_without(module, n, how, monkeypatch):
     monkeypatch.setattr(LogNormal, "corrupt", lambda self, y, sigma: y)    # known slots hold their tokens
     nets, logits, calls = blocks_of(module), module.Block.logits, record(module, monkeypatch)
     for use_cache in (True, False):
         torch.manual_seed(1)
-        out = module.generate(nets, TOKENS[:2, :4], 30, use_cache, **how)  # far beyond the window of 16
+        out = module.generate(nets, TOKENS[:2, :4], 30, use_cache=use_cache, **how)  # far beyond the window of 16
         assert out.shape == (2, 34) and torch.equal(out[:, :4], TOKENS[:2, :4]) and len(out.unique()) > 8
     for k, (cached, uncached) in enumerate(zip(calls[:30 * n], calls[30 * n:], strict=True)):
         (b, level, z, found), other = cached, uncached[3]
@@ -464,7 +480,7 @@ def test_what_has_the_same_name_in_two_model_files_is_the_same_code():
             if getattr(thing, "__module__", "") == module.__name__:
                 sources.setdefault(name, set()).add(inspect.getsource(thing))
     assert {name for name, found in sources.items() if len(found) > 1} == {
-        "Config", "Sampling", "Block", "EndToEnd", "next_token", "sample", "evaluate"}
+        "Config", "Sampling", "Block", "EndToEnd", "generate", "next_token", "sample", "evaluate"}
 
 
 # ---- What is each model's own -----------------------------------------------------------------------------
@@ -638,16 +654,16 @@ def test_an_exact_posteriors_bound_is_its_cross_entropy_log2_V_if_it_knows_nothi
                 for b in range(len(scales))}
     expected["ends"] = hidden(-1, noise.sigma_min) + 1 / (2 * noise.sigma_max ** 2)
     assert shares == pytest.approx(expected, abs=.12)
-    assert scores["blocks (bound)"] == pytest.approx(sum(shares.values()))
+    assert scores["blocks, bound"] == pytest.approx(sum(shares.values()))
     def exactly(scale):
         return math.log(math.exp(scale) + len(table) - 1) - scale
     for b, scale in enumerate(scales):
         assert scores[f"block {b} alone"] == pytest.approx(exactly(scale), abs=1e-3)
     if len(scales) > 1:  # the mean of priors is the prior of the mean
-        assert scores["blocks (ensemble)"] == pytest.approx(exactly(sum(scales) / len(scales)), abs=1e-3)
+        assert scores["blocks, averaged"] == pytest.approx(exactly(sum(scales) / len(scales)), abs=1e-3)
     assert scores["end to end"] == pytest.approx(math.log(len(table)))
     if len(set(scales)) == 1:
-        assert scores["blocks (bound)"] == pytest.approx(exactly(scales[0]), abs=.12)
+        assert scores["blocks, bound"] == pytest.approx(exactly(scales[0]), abs=.12)
 
 
 @pytest.mark.parametrize("n_blocks, knows", [(1, None), (2, None), (2, 0), (2, 1)])
@@ -1590,7 +1606,7 @@ def test_what_was_trained_otherwise_is_not_scored_beside_the_blocks(flags, tmp_p
     assert re.search("without control: .*trained with other settings .*the data's content", printed)
     assert report["updates"] == {"2 blocks": 1}                             # the fewest of any block
     names = list(report["tables"]["bits per byte on held-out text"])
-    assert "blocks (bound)" in names and not {"end to end", "control"} & set(names)
+    assert "blocks, bound" in names and not {"end to end", "control"} & set(names)
     train.main([*common, "--block=1", "--n-embd=32", "--overwrite"])
     for action in ("--eval", "--sample"):
         with pytest.raises(UserError, match=r"block_1.pt was trained with other settings than block_0: n_embd"):

@@ -17,8 +17,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, decode_labels, edm_logits, ensemble,
-                              require, require_finite, score_labels, score_loss, split_layers, target_table)
+from diffusion_blocks import (LabelScores, LogNormal, average, bayes_logits, cross_entropy, decode_labels,
+                              edm_logits, largest_block, require, require_finite, score_labels, score_loss,
+                              split_layers, target_table)
 
 DATA = "images"  # the module of data/ that this model is trained on
 
@@ -58,8 +59,9 @@ class Config:
         require(self.n_class != 1, "images must be of two classes or more, to be told apart", self.n_class)
 
     def control(self):
-        """The control has one block's worth of layers. If the blocks do no better, depth was not used."""
-        n_layer = max(1, self.n_layer // self.noise.n_blocks)
+        """The Config of the control: as many layers as the largest block has, trained end to end. Blocks that are
+        no better than it have made no use of the other layers."""
+        n_layer = largest_block(self.n_layer, self.noise.n_blocks, self.layer_split)
         return replace(self, n_layer=n_layer, layer_split="", noise=LogNormal())
 
 
@@ -80,14 +82,14 @@ PRESETS = {
 @dataclass
 class Sampling:
     n_images: int = 10          # held-out images to classify
-    sampler: str = "ensemble"   # of blocks: ensemble, their mean log p; or euler, a chain over noise levels
-    temperature: float = 0.0    # euler: scale of the starting noise; 0: deterministic
-    euler_steps: int = 0        # euler: noise levels visited for each image; 0: max(n_blocks + 1, 4)
+    sampler: str = "averaged"   # of blocks: averaged, the mean of their log p; or chain, over noise levels
+    temperature: float = 0.0    # chain: scale of the starting noise; 0: deterministic
+    euler_steps: int = 0        # chain: noise levels visited for each image; 0: max(n_blocks + 1, 4)
 
     def __post_init__(self):
         require(self.n_images >= 1, "n_images must be at least 1", self.n_images)
         require(self.temperature >= 0, "temperature must be at least 0", self.temperature)
-        require(self.sampler in ("ensemble", "euler"), "sampler must be ensemble or euler", self.sampler)
+        require(self.sampler in ("averaged", "chain"), "sampler must be averaged or chain", self.sampler)
 
 
 # ---- The transformer layer --------------------------------------------------------------------------------
@@ -236,8 +238,11 @@ class Block(nn.Module):
     def forward(self, batch):
         """The score loss in nats of this block alone; batch: images (B, K, H, W) in [-1, 1], labels (B,)."""
         x, label = batch
-        return score_loss(lambda z, sigma: cross_entropy(self.logits(x, z, sigma), label),
-                          self.table[label], self.noise, self.b)
+        y = self.table[label]                                                # (B, C)
+        sigma = self.noise.sample(self.b, len(y), y.device)                  # (B,)
+        z = self.noise.corrupt(y, sigma)                                     # (B, C)
+        error = cross_entropy(self.logits(x, z, sigma), label)               # (B,)
+        return score_loss(error, sigma, self.noise)
 
 
 class EndToEnd(nn.Module):
@@ -273,14 +278,17 @@ class EndToEnd(nn.Module):
 # ---- Classification and evaluation ------------------------------------------------------------------------
 
 @torch.no_grad()
-def classify(nets, x, sampler="ensemble", euler_steps=0, temperature=0.0):
+def classify(nets, x, sampler="averaged", euler_steps=0, temperature=0.0):
     """Labels (B,) of images x (B, K, H, W). nets: the list of blocks, or one EndToEnd."""
     if isinstance(nets, EndToEnd):
         return nets.logits(x).argmax(-1)
-    how = (lambda b, z, sigma: nets[b].logits(x, z, sigma)), (len(x),), nets[0].table, nets[0].noise
-    if sampler == "ensemble":
-        return ensemble(*how, range(len(nets))).argmax(-1)
-    return decode_labels(*how, nets[0].noise.steps(euler_steps), temperature)
+
+    def logits(b, z, sigma):
+        return nets[b].logits(x, z, sigma)                                   # (B, V)
+    noise, table = nets[0].noise, nets[0].table
+    if sampler == "averaged":
+        return average(logits, (len(x),), table, noise, range(len(nets))).argmax(-1)
+    return decode_labels(logits, (len(x),), table, noise, noise.steps(euler_steps), temperature)
 
 
 def sample(nets, sampling, data):
@@ -288,28 +296,46 @@ def sample(nets, sampling, data):
     config = (nets[0] if isinstance(nets, list) else nets).config
     x, label = data.held_out(sampling.n_images, config)
     found = classify(nets, x, sampling.sampler, sampling.euler_steps, sampling.temperature)
-    return "\n".join(f"image {i}: {data.names[a]}, classified as {data.names[b]}"
-                     for i, (a, b) in enumerate(zip(label.tolist(), found.tolist())))
+    lines = []
+    for i in range(len(x)):
+        true, guess = data.names[label[i]], data.names[found[i]]
+        lines.append(f"image {i}: {true}, classified as {guess}")
+    return "\n".join(lines)
+
+
+CHAINS_FROM_NOISE = 4  # the accuracy of a chain that starts from noise is a mean of so many
 
 
 @torch.no_grad()
 def evaluate(blocks, others, data):
     """Tables {title: {row: {column: value}}} of the blocks and of others {"end to end": net, "control": net}
     on all held-out images."""
-    noise, table, nats, right = blocks[0].noise, blocks[0].table, Counter(), Counter()
+    noise, table = blocks[0].noise, blocks[0].table
     images, labels = data.held_out(None, blocks[0].config)
+    nats, right = Counter(), Counter()  # of each row, summed over images
+    scores = LabelScores.zero(len(blocks))
     for x, label in zip(images.split(500), labels.split(500)):
         for name, net in others.items():
             nats[name] += cross_entropy(net.logits(x), label).sum().item()
-            right[name] += (classify(net, x) == label).sum().item()
-        nats.update(score_labels(lambda b, z, sigma: blocks[b].logits(x, z, sigma), label, table, noise))
-        right["blocks (ensemble)"] += (classify(blocks, x) == label).sum().item()
-        right["blocks from z = 0"] += (classify(blocks, x, "euler") == label).sum().item()
-        for _ in range(4):
-            right["blocks from noise"] += (classify(blocks, x, "euler", 0, 1.0) == label).sum().item() / 4
-    scores = {name: {"accuracy, %": 100 * n / len(labels)} for name, n in right.items()}
-    for name, n in nats.items():
-        scores.setdefault(name, {})["bits per label"] = n / math.log(2) / len(labels)
-    shares = {name: scores.pop(name) for name in [*(f"block {b}" for b in range(len(blocks))), "ends"]}
-    scores["blocks (bound)"] = {"bits per label": sum(row["bits per label"] for row in shares.values())}
-    return {"held-out images": scores, "the bound, share by share": shares}
+            right[name] += n_right(classify(net, x), label)
+
+        def logits(b, z, sigma):
+            return blocks[b].logits(x, z, sigma)                             # (B, V)
+        scores += score_labels(logits, label, table, noise)
+        right["blocks, averaged"] += n_right(classify(blocks, x), label)
+        right["blocks, chain from z = 0"] += n_right(classify(blocks, x, "chain"), label)
+        for _ in range(CHAINS_FROM_NOISE):
+            found = classify(blocks, x, "chain", temperature=1.0)
+            right["blocks, chain from noise"] += n_right(found, label) / CHAINS_FROM_NOISE
+    per_label = 1 / math.log(2) / len(labels)
+    rows = {name: {"accuracy, %": 100 * n / len(labels)} for name, n in right.items()}
+    for name in others:
+        rows[name]["bits per label"] = per_label * nats[name]
+    of_blocks, shares = scores.tables(per_label, "bits per label")
+    for name, row in of_blocks.items():
+        rows[name] = {**rows.get(name, {}), **row}
+    return {"held-out images": rows, "the bound, share by share": shares}
+
+
+def n_right(found, label):
+    return (found == label).sum().item()

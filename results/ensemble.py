@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 
 from common import Parser, about, begin, plain_logits, run, train, write  # first: it sets the path
-from diffusion_blocks import cross_entropy, ensemble, seed_of
+from diffusion_blocks import cross_entropy, average, seed_of
 
 
 def plain(net, x):
@@ -25,13 +25,13 @@ def plain(net, x):
 def alone(net, b, x):
     """Log-probabilities of block b by itself, at z = 0."""
     more, shape = ((net.context(x),), x.shape) if hasattr(net, "context") else ((), x.shape[:1])
-    return ensemble(lambda _, z, sigma: net.logits(x, z, sigma, *more), shape, net.table, net.noise, [b])
+    return average(lambda _, z, sigma: net.logits(x, z, sigma, *more), shape, net.table, net.noise, [b])
 
 
 def at_levels(net, n, x):
     """Log-probabilities of recurrent's block: the mean over n noise levels; z = 0 in all slots."""
     e, _ = net.condition(x)
-    return ensemble(lambda _, z, sigma: net.logits(e, z, sigma)[0], x.shape, net.table,
+    return average(lambda _, z, sigma: net.logits(e, z, sigma)[0], x.shape, net.table,
                     replace(net.noise, n_blocks=n), range(n))
 
 

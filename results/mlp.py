@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn as nn
 
-from diffusion_blocks import (LogNormal, bayes_logits, cross_entropy, ensemble, score_loss, split_layers,
+from diffusion_blocks import (LogNormal, bayes_logits, average, cross_entropy, score_loss, split_layers,
                               target_table)
 
 DATA = "images"  # a batch is images (B, K, H, W) in [-1, 1] and labels (B,)
@@ -74,16 +74,23 @@ class Block(EndToEnd):
 
     def forward(self, batch):
         x, label = batch
-        return score_loss(lambda z, sigma: cross_entropy(self.denoise(x, z, sigma), label),
-                          self.table[label], self.noise, self.b)
+        sigma = self.noise.sample(self.b, len(x), x.device)                  # (B,)
+        z = self.noise.corrupt(self.table[label], sigma)                     # (B, C)
+        error = cross_entropy(self.denoise(x, z, sigma), label)              # (B,)
+        return score_loss(error, sigma, self.noise)
 
 
 @torch.no_grad()
 def evaluate(blocks, others, data):
     """{title: {row: {column: number}}} of the blocks and of others {"end to end": net, "control": net}."""
     x, label = data.held_out(None, None)
-    guess = ensemble(lambda b, z, sigma: blocks[b].denoise(x, z, sigma), label.shape, blocks[0].table,
-                     blocks[0].noise, range(len(blocks))).argmax(-1)
-    found = {name: net.logits(x).argmax(-1) for name, net in others.items()} | {"blocks": guess}
-    return {"held-out images": {name: {"accuracy, %": 100 * (guess == label).float().mean().item()}
-                                for name, guess in found.items()}}
+
+    def logits(b, z, sigma):
+        return blocks[b].denoise(x, z, sigma)                                # (B, V)
+    found = {name: net.logits(x).argmax(-1) for name, net in others.items()}
+    log_p = average(logits, label.shape, blocks[0].table, blocks[0].noise, range(len(blocks)))   # (B, V)
+    found["blocks, averaged"] = log_p.argmax(-1)
+    rows = {}
+    for name, guess in found.items():
+        rows[name] = {"accuracy, %": 100 * (guess == label).float().mean().item()}
+    return {"held-out images": rows}
