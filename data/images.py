@@ -114,15 +114,20 @@ def read_latents(path):
             parts.append(("val_latents", "val_labels"))
         all_labels = []
         for _, name in parts:
-            all_labels.append(file[name].astype(np.int64, casting="same_kind"))
+            labels = file[name].astype(np.int64, casting="same_kind")
+            all_labels.append(np.atleast_1d(labels))
 
     def rows():
+        size = None
         for (name, _), labels in zip(parts, all_labels):
             with user_error(problem):
                 images = file[name]  # one part in memory at a time
                 n, channels, height, width = images.shape
                 if channels in (1, 3) or height != width or labels.shape != (n,):
                     raise ValueError(f"{name} {images.shape}, labels {labels.shape}")
+                if size not in (None, images.shape[1:]):
+                    raise ValueError(f"{name} {images.shape}, but latents (N, {', '.join(map(str, size))})")
+                size = images.shape[1:]
                 for image, label in zip(images, labels.tolist()):
                     if not np.isfinite(image).all():
                         raise ValueError(f"a number in {name} is not finite")
