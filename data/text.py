@@ -86,8 +86,12 @@ class Tokenizer:
 
 PIECE = 2 ** 20  # bytes that are tokenized together, if there is white space to cut at
 LONGEST = 16 * PIECE  # bytes without white space after which a text is cut anyway
-# before white space that follows a word GPT-2's encoding has no token that goes on
-BOUNDARY = re.compile(rb"(?<![ \n])(?=[ \n])")
+# places within which no token of tiktoken's encodings lies: before a space that follows anything but white space,
+# and before a line end that follows a letter or digit of ASCII (cl100k_base has a token for ".\n")
+BOUNDARY = re.compile(rb"(?<=[!-~])(?= )"
+                      rb"|(?<=[\xc3-\xdf][\x80-\xbf])(?= )"               # two bytes: none of these is white space
+                      rb"|(?<=[\xe0\xe4-\xef][\x80-\xbf][\x80-\xbf])(?= )"  # three bytes: nor of these
+                      rb"|(?<=[A-Za-z0-9])(?=\n)")
 
 
 def pieces(blocks):
