@@ -125,18 +125,30 @@ def checked_row(row, where):
     return where, row
 
 
+def decoded(lines):
+    """Lines of bytes as str, each when it is asked for, so that an error is found at its row."""
+    encoding = "utf-8-sig"  # a mark may stand before the first line
+    for line in lines:
+        yield line.decode(encoding)
+        encoding = "utf-8"
+
+
 def read_csv(path, name, columns, delimiter=","):
     """The first line names the columns. Every cell is text: one that says null is the word null."""
-    number = 0
-    with (user_error(f"{name}: the row after row {number} cannot be read as UTF-8", UnicodeDecodeError),
-          user_error(f"{name} cannot be read"), open_packed(path) as file):
-        rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""), delimiter=delimiter, strict=True)
-        for number, row in enumerate(rows):
+    with user_error(f"{name} cannot be read"), open_packed(path) as file:
+        rows = csv.DictReader(decoded(file), delimiter=delimiter, strict=True)
+        number = 0
+        while True:
+            with user_error(f"{name}, row {number} cannot be read; is it CSV in UTF-8?"):
+                row = next(rows, None)
+            if row is None:
+                return
             n_cells = len(row) + len(row.get(None, [])) - (None in row) - list(row.values()).count(None)
             if n_cells != len(rows.fieldnames):
                 raise UserError(f"{name}, row {number}: {n_cells} cells, but the first line names "
                                 f"{len(rows.fieldnames)} columns")
             yield f"{name}, row {number}", row
+            number += 1
 
 
 def read_tsv(path, name, columns):
