@@ -14,6 +14,7 @@ import random
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -2026,9 +2027,6 @@ def test_the_model_of_ones_own_trains_scores_and_tells_its_mistakes_in_one_line(
 
 # ---- Data -------------------------------------------------------------------------------------------------
 
-GPT2 = Path(data.__file__).parents[2] / "shared/data/tiktoken_cache"
-
-
 @pytest.fixture
 def prepared(clean, tmp_path, monkeypatch):
     """An empty folder of prepared data."""
@@ -2082,11 +2080,8 @@ def test_text_that_is_held_out_is_not_trained_on(tmp_path, prepared):
     assert val == b"test document 0\ntest document 1" and train.count(b"\n") == 299
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
-def test_windows_and_counts_are_of_the_text_itself(tokenizer, tmp_path, monkeypatch, prepared):
-    if tokenizer == "gpt2" and not GPT2.exists():
-        pytest.skip("the files of tiktoken's gpt2 are not beside this checkout")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(GPT2))
+@pytest.mark.parametrize("tokenizer", ["bytes", "words"])
+def test_windows_and_counts_are_of_the_text_itself(tokenizer, tmp_path, words, prepared):
     (tmp_path / "a.txt").write_text(whole := "".join(f"the naïve line   {i}\n\n" for i in range(60000)))
     d, config = load(text, tmp_path / "a.txt", tokenizer=tokenizer), type("Config", (), {"seq_len": 16})
     train, val = (d.stored[1][split] for split in ("train", "val"))
@@ -2150,6 +2145,808 @@ def test_prepared_data_is_whole_or_said_to_be_damaged(tmp_path, prepared):
         file.write_bytes(whole)
 
 
+# ---- Data: which files are used, and as what --------------------------------------------------------------
+
+def write_files(folder, contents):
+    """A folder with these files: {name: text or bytes}."""
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def write_picture(path, seed=0, shape=(8, 8, 3)):
+    """An image of random pixels. Returns the pixels."""
+    pixels = np.random.RandomState(seed).randint(256, size=shape, dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def write_classes(folder, *classes, n=12):
+    """A folder of images by class: 0.png to 11.png in each."""
+    for number, name in enumerate(classes):
+        for i in range(n):
+            write_picture(folder / name / f"{i}.png", seed=100 * number + i)
+    return folder
+
+
+def stored_text(source, **settings):
+    """The text that is trained on, and that is held out."""
+    arrays = load(text, source, **settings).arrays
+    return bytes(arrays["train"]).decode(), bytes(arrays["val"]).decode()
+
+
+def refusal(module, source, **settings):
+    """The one line in which a source is refused."""
+    with pytest.raises(UserError) as caught:
+        load(module, source, **settings).about
+    message = str(caught.value)
+    assert "\n" not in message and list(data.DATA_DIR.iterdir()) == []
+    return message
+
+
+def counts(source, **settings):
+    """How many images are trained on, and how many are held out."""
+    about = load(images, source, **settings).about
+    return about["train"], about["val"]
+
+
+@pytest.mark.parametrize("name", ["train", "test", "val", "dev"])
+def test_a_class_folder_is_a_class_whatever_its_name(name, tmp_path, prepared):
+    d = load(images, write_classes(tmp_path / "set", "bus", "car", name))
+    assert d.names == sorted(["bus", "car", name])
+    assert (d.about["train"], d.about["val"]) == (33, 3)
+
+
+def test_an_image_is_used_whatever_its_name(tmp_path, prepared):
+    for name in ("cat", "dog"):
+        for i in range(4):
+            write_picture(tmp_path / "set" / name / f"train {i}.png", i)
+            write_picture(tmp_path / "set" / name / f"test-{i}.PNG", 4 + i)
+    assert sum(counts(tmp_path / "set")) == 16
+
+
+def test_class_folders_inside_splits_keep_to_their_split(tmp_path, prepared):
+    source = tmp_path / "set"
+    write_classes(source, "train/a", "train/b", n=5)
+    write_classes(source, "val/a", "val/b", n=3)
+    write_classes(source, "unused/a", "unused/b", n=2)
+    d = load(images, source)
+    assert d.names == ["a", "b"] and (d.about["train"], d.about["val"]) == (10, 6)
+    assert "4 of other splits" in d.describe()
+
+
+def test_a_folder_that_could_be_class_or_split_is_refused(tmp_path, prepared):
+    write_classes(tmp_path / "set", "bus", "car", "train/old")
+    message = refusal(images, tmp_path / "set")
+    assert "'train'" in message and "'bus'" in message
+
+
+def test_images_without_class_folders_are_refused(tmp_path, prepared):
+    write_picture(tmp_path / "flat" / "0.png")
+    assert "no class folders" in refusal(images, tmp_path / "flat")
+    write_picture(tmp_path / "splits" / "train" / "0.png")
+    write_picture(tmp_path / "splits" / "val" / "0.png")
+    assert "no class folders" in refusal(images, tmp_path / "splits")
+
+
+def test_captions_beside_images_are_left_out_and_counted(tmp_path, prepared):
+    source = write_classes(tmp_path / "set", "a", "b")
+    write_files(source, {f"a/{i}.txt": "a caption" for i in range(12)})
+    d = load(images, source)
+    assert d.about["train"] + d.about["val"] == 24
+    assert "24 files (left out: 12 .txt)" in d.describe()
+
+
+@pytest.mark.parametrize("name", ["set [v2]", "what?", "a*b", "my data [v2]/train"])
+def test_a_path_is_no_pattern(name, tmp_path, prepared):
+    if os.name == "nt" and set(name) & set("?*"):
+        pytest.skip("no such names on Windows")
+    assert sum(counts(write_classes(tmp_path / "images" / name, "a", "b"))) == 24
+    source = write_files(tmp_path / "text" / name, {"a [1].txt": "first " * 50, "b.TXT": "second " * 50})
+    assert "first" in stored_text(source)[0] and "second" in "".join(stored_text(source))
+
+
+def test_hidden_files_and_folders_are_skipped(tmp_path, prepared):
+    for i in range(12):
+        write_files(tmp_path / "books", {
+            f"{i:02}.txt": f"document {i:02}",
+            f"._{i:02}.txt": b"Mac OS X \xff",
+            f".ipynb_checkpoints/{i:02}-checkpoint.txt": f"document {i:02}"})
+    train, val = stored_text(tmp_path / "books")
+    assert val == "document 09"
+    assert train.split("\n") == [f"document {i:02}" for i in range(12) if i != 9]
+    source = write_classes(tmp_path / "set", "a", "b", ".thumbnails")
+    write_files(source, {"a/._0.png": b"Mac OS X"})
+    assert sum(counts(source)) == 24
+
+
+def test_linked_folders_are_followed(tmp_path, prepared):
+    write_files(tmp_path / "store", {"x/a.txt": "first " * 100})
+    source = write_files(tmp_path / "texts", {"b.txt": "second " * 100})
+    (source / "x").symlink_to(tmp_path / "store" / "x")
+    train, val = stored_text(source)
+    assert "first" in train + val and "second" in train + val
+    write_classes(tmp_path / "store", "cat", "dog")
+    (tmp_path / "set").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).symlink_to(tmp_path / "store" / name)
+    assert load(images, tmp_path / "set").names == ["cat", "dog"]
+    assert sum(counts(tmp_path / "set")) == 24
+
+
+def test_links_that_go_round_or_nowhere_are_left_out(tmp_path, prepared):
+    source = write_files(tmp_path / "texts", {"a/b/c.txt": "some text " * 20})
+    (source / "a" / "b" / "up").symlink_to(source / "a")
+    (source / "self").symlink_to(source)
+    (source / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    assert "1 file (left out: 1 links that lead nowhere, 2 links to a folder" in load(text, source).describe()
+    assert "".join(stored_text(source)) == "some text " * 20
+
+
+def test_a_file_that_is_linked_twice_is_used_once(tmp_path, prepared):
+    source = write_files(tmp_path / "books", {f"{i:02}.txt": f"document {i:02}" for i in range(10)})
+    for i in range(5, 10):
+        (source / f"again {i:02}.txt").symlink_to(source / f"{i:02}.txt")
+        os.link(source / f"{i:02}.txt", source / f"once more {i:02}.txt")
+    (source / "all again").symlink_to(source)
+    train, val = stored_text(source)
+    documents = train.split("\n") + val.split("\n")
+    assert sorted(documents) == [f"document {i:02}" for i in range(10)]
+
+
+def test_numbered_class_folders_are_in_the_order_of_their_numbers(tmp_path, prepared):
+    classes = [str(c) for c in range(12)]
+    source = write_classes(tmp_path / "set", *classes, n=2)
+    d = load(images, source)
+    assert d.names == classes
+    x, label = d.fixed("train")
+    for image, c in zip(x, label.tolist()):
+        pixels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        own = [np.asarray(Image.open(source / str(c) / f"{i}.png")) for i in range(2)]
+        assert (pixels == own[0]).all() or (pixels == own[1]).all()
+
+
+@pytest.mark.parametrize("word, label", [("2", 2), ("10", 10), ("dog", 12)])
+def test_dit_draws_the_class_that_is_named(word, label, tmp_path, prepared, monkeypatch, capsys):
+    classes = [str(c) for c in range(12)] + ["dog"]
+    d = load(images, write_classes(tmp_path / "set", *classes, n=2))
+    drawn = []
+
+    def generate_images(nets, label, *how):
+        drawn.extend(label.tolist())
+        return torch.zeros(len(label), 3, 8, 8)
+    monkeypatch.setattr(dit, "generate_images", generate_images)
+    net = dit.EndToEnd(tiny(dit, n_class=13, n_blocks=1))
+    dit.sample(net, dit.Sampling(classes=(word,), n_images=2), d)
+    assert drawn == [label, label]
+    assert f"class {label} ({word})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("train, val", [
+    ("train.txt", "valid.txt"), ("train/a.txt", "dev/a.txt"), ("Training-1.txt", "TEST_1.txt"),
+    ("corpus/train/a.txt", "corpus/validation/a.txt"), ("train-00000-of-00001.txt", "val-00000-of-00001.txt")])
+def test_splits_of_text_are_told_by_names(train, val, tmp_path, prepared):
+    source = write_files(tmp_path / "texts", {train: "to train on", val: "held out", "readme.md": "neither"})
+    assert stored_text(source) == ("to train on", "held out")
+
+
+def test_names_that_only_contain_the_name_of_a_split_tell_none(tmp_path, prepared):
+    names = ["part-b", "pre-train", "trainspotting", "contest", "latest"]
+    rows = {f"{name}.jsonl": json.dumps({"text": name * 20}) for name in names}
+    train, val = stored_text(write_files(tmp_path / "corpus", rows))
+    assert all(name in train + val for name in names)
+
+
+def test_a_split_for_some_files_only_is_refused(tmp_path, prepared):
+    source = write_files(tmp_path / "texts", {"train.txt": "one", "valid.txt": "two", "more.txt": "three"})
+    message = refusal(text, source)
+    assert "'more.txt'" in message and "split" in message
+
+
+def test_tables_beside_text_or_images_or_other_tables_are_refused(tmp_path, prepared):
+    table = {"index.csv": "file,text\n00.txt,me\n"}
+    texts = write_files(tmp_path / "books", table | {f"{i}.txt": "a document" for i in range(12)})
+    assert "0.txt" in refusal(text, texts) and "index.csv" in refusal(text, texts)
+    tables = write_files(tmp_path / "tables", table | {"a.jsonl": '{"text": "a"}'})
+    assert "index.csv" in refusal(text, tables) and "a.jsonl" in refusal(text, tables)
+    pictures = write_classes(tmp_path / "set", "a", "b", n=2)
+    write_image_table(pictures / "more.parquet", 4)
+    assert "a/0.png" in refusal(images, pictures) and "more.parquet" in refusal(images, pictures)
+
+
+# ---- Data: prepared anew when it changes, and held out ----------------------------------------------------
+
+def test_a_moved_image_is_prepared_anew(tmp_path, prepared):
+    source = tmp_path / "set"
+    write_classes(source, "train/a", "train/b", "val/a", "val/b", n=4)
+    assert counts(source) == (8, 8)
+    (source / "train/b/3.png").rename(source / "val/b/9.png")  # keeps its time, as mv does
+    assert counts(source) == (7, 9)
+    (source / "val/b/9.png").rename(source / "val/a/9.png")
+    assert load(images, source).held_out(None, None)[1].tolist().count(0) == 5
+    (source / "val").rename(source / "unused")
+    assert counts(source) == (5, 2)  # a tenth of each class, one at least
+
+
+def test_a_renamed_text_is_prepared_anew(tmp_path, prepared):
+    source = write_files(tmp_path / "texts", {"train.txt": "one", "valid.txt": "two"})
+    assert stored_text(source) == ("one", "two")
+    (source / "train.txt").rename(source / "x.txt")
+    (source / "valid.txt").rename(source / "train.txt")
+    (source / "x.txt").rename(source / "valid.txt")
+    assert stored_text(source) == ("two", "one")
+
+
+def test_a_replaced_text_of_the_same_size_is_prepared_anew(tmp_path, prepared):
+    path = tmp_path / "a.txt"
+    path.write_text("old text " * 10)
+    os.utime(path, ns=(0, 10 ** 18))
+    before = load(text, path).about["fingerprint"]
+    path.write_text("new text " * 10)
+    os.utime(path, ns=(0, 10 ** 18 + 1))
+    assert stored_text(path)[0].startswith("new text")
+    assert load(text, path).about["fingerprint"] != before
+
+
+def test_the_fingerprint_is_of_the_content_and_not_of_place_or_time(tmp_path, prepared):
+    first = write_files(tmp_path / "first", {"a.txt": "the same text " * 10})
+    second = write_files(tmp_path / "second", {"b.txt": "the same text " * 10})
+    fingerprint = load(text, first).about["fingerprint"]
+    assert load(text, second).about["fingerprint"] == fingerprint
+    os.utime(first / "a.txt", ns=(0, 10 ** 18))
+    assert load(text, first).about["fingerprint"] == fingerprint
+    assert len(list(data.DATA_DIR.iterdir())) == 3
+    other = write_files(tmp_path / "other", {"a.txt": "the same text " * 9 + "that ends so "})
+    assert load(text, other).about["fingerprint"] != fingerprint
+
+
+def test_other_settings_are_prepared_anew(tmp_path, prepared, words):
+    source = write_files(tmp_path / "texts", {"train.txt": "one", "valid.txt": "two", "test.txt": "three"})
+    assert stored_text(source) == ("one", "two")
+    assert stored_text(source, held_out="test") == ("one", "three")
+    assert stored_text(source, split="test") == ("three", "two")
+    load(text, source, tokenizer="words").about
+    assert len(list(data.DATA_DIR.iterdir())) == 4
+
+
+def test_an_interrupted_preparation_leaves_nothing(tmp_path, prepared, monkeypatch):
+    texts = write_files(tmp_path / "texts", {f"{i}.txt": f"document {i}" for i in range(20)})
+    pictures = write_classes(tmp_path / "set", "a", "b")
+
+    def interrupted(progress, n):
+        if progress.done > 3:
+            raise KeyboardInterrupt
+        progress.done += n
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Progress, "add", interrupted)
+        for module, source in ((text, texts), (images, pictures)):
+            with pytest.raises(KeyboardInterrupt):
+                load(module, source).about
+    assert list(data.DATA_DIR.iterdir()) == []
+    assert "document 18" in stored_text(texts)[0] and sum(counts(pictures)) == 24
+
+
+def test_few_long_documents_are_held_out_by_their_last_tenth(tmp_path, prepared):
+    rows = [json.dumps({"text": f"book {i:02} " * 100}) for i in range(60)]
+    train, val = stored_text(write_files(tmp_path / "books", {"train.jsonl": "\n".join(rows)}))
+    assert len(val) == pytest.approx(.1 * len(train + val), abs=2)
+    assert train.startswith("book 00") and val.endswith("book 59 ")
+    one = write_files(tmp_path / "one", {"train.jsonl": rows[0]})
+    assert stored_text(one) == ("book 00 " * 90, "book 00 " * 10)
+
+
+def test_a_text_is_cut_between_characters(tmp_path, prepared, monkeypatch, words):
+    monkeypatch.setattr(text, "PIECE", 7)  # blocks, too, end within characters
+    for length in range(20, 30):
+        whole = "x" * (length % 3) + "日本語のé🙂" * length
+        path = tmp_path / f"{length}.txt"
+        path.write_text(whole, encoding="utf-8")
+        train, val = stored_text(path)
+        assert train + val == whole and 0 <= len(train.encode()) - len(whole.encode()) * 9 // 10 <= 3
+        d = load(text, path, tokenizer="words")
+        assert d.tokenizer.decode(d.arrays["train"]) == train
+
+
+@pytest.mark.parametrize("held_out, expected", [
+    ("", "validation"), ("val", "validation"), ("test", "test"), ("extra", "extra")])
+def test_a_named_split_is_held_out_and_never_trained_on(held_out, expected, tmp_path, prepared):
+    files = {}
+    for split in ("train", "test", "validation", "extra"):
+        files[f"{split}-00000-of-00001.jsonl"] = json.dumps({"text": f"of {split}"})
+    source = write_files(tmp_path / "hub", files)
+    assert stored_text(source, held_out=held_out) == ("of train", f"of {expected}")
+
+
+@pytest.mark.parametrize("held_out", ["train", "nowhere"])
+def test_a_split_that_cannot_be_held_out_is_refused(held_out, tmp_path, prepared):
+    write_hub(tmp_path / "hub", "train", 3)
+    write_hub(tmp_path / "hub", "test", 3)
+    assert f"--held-out '{held_out}'" in refusal(text, tmp_path / "hub", held_out=held_out)
+
+
+def test_the_test_split_never_scores_its_own_rows(tmp_path, prepared):
+    source = write_hub(tmp_path / "hub", "train", 3)
+    write_hub(source, "test", 200)
+    train, val = stored_text(source, split="test")
+    assert train.count("test") == 198 and val.split("\n") == ["test document 99", "test document 199"]
+    write_hub(source, "validation", 3)
+    train, val = stored_text(source, split="test")
+    assert train.count("test") == 200 and val.count("validation") == 3
+    pictures = tmp_path / "set"
+    write_classes(pictures, "train/a", "train/b", n=20)
+    write_classes(pictures, "test/a", "test/b", n=10)
+    assert counts(pictures, split="test") == (18, 2)
+    assert counts(pictures) == (40, 20)
+
+
+# ---- Data: hub form ---------------------------------------------------------------------------------------
+
+def write_table(path, texts):
+    """A table with a column "text", in the form that the path's suffixes tell."""
+    import pyarrow
+    import pyarrow.parquet
+    kind = path.name.removesuffix(".gz").removesuffix(".zst").rsplit(".", 1)[1]
+    table = pyarrow.table({"text": texts})
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif kind == "arrow":
+        with pyarrow.ipc.new_stream(str(path), table.schema) as file:
+            file.write_table(table, max_chunksize=70)
+    else:
+        rows = [{"text": one} for one in texts]
+        if kind == "json":
+            content = json.dumps(rows)
+        elif kind == "jsonl":
+            content = "\n".join(json.dumps(row) for row in rows)
+        else:
+            content = "\n".join(["text", *texts])
+        packing = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+        with pyarrow.output_stream(str(path), compression=packing) as file:
+            file.write(content.encode())
+    return path
+
+
+def write_image_table(path, n, seed=0, shape=(8, 8, 3), labels=None):
+    """A table of n images of random pixels in two classes, as `datasets` writes it. Returns the pixels."""
+    import datasets
+    pixels = []
+    for i in range(n):
+        pixels.append(np.random.RandomState(1000 * seed + i).randint(256, size=shape, dtype=np.uint8))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {"picture": [Image.fromarray(one) for one in pixels], "kind": labels or [i % 2 for i in range(n)]}
+    features = datasets.Features(picture=datasets.Image(), kind=datasets.ClassLabel(names=["cat", "dog"]))
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+    return pixels
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow", "a.jsonl.gz",
+                                  "a.csv.gz", "a.json.zst", "a.jsonl.zst", "a.tsv.zst"])
+def test_a_file_in_hub_form_is_read_by_rows(name, tmp_path, prepared):
+    texts = [f"dócument {i}" for i in range(200)]
+    train, val = stored_text(write_table(tmp_path / name, texts))
+    assert val.split("\n") == [texts[99], texts[199]]
+    assert train.split("\n") == texts[:99] + texts[100:199]
+
+
+def test_an_arrow_file_of_the_other_format_is_read_too(tmp_path, prepared):
+    import pyarrow
+    table = pyarrow.table({"text": [f"document {i}" for i in range(200)]})
+    with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as file:
+        file.write_table(table)
+    assert stored_text(tmp_path / "a.arrow")[1] == "document 99\ndocument 199"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
+def test_words_that_look_like_nothing_are_text(name, tmp_path, prepared):
+    words = ["null", "NA", "None", "nan", "N/A", "true", "1"]
+    texts = words + [f"document {i}" for i in range(93)]
+    train, val = stored_text(write_table(tmp_path / name, texts))
+    assert train.split("\n")[:7] == words
+
+
+def test_a_cell_of_csv_holds_commas_quotes_and_lines(tmp_path, prepared):
+    rows = ["\ufeffname,text", '1,"one, two\nthree"', '2,"say ""four"""', "", "3,", "4," + "x" * 200_000, ""]
+    train, val = stored_text(write_files(tmp_path, {"a.csv": "\r\n".join(rows)}) / "a.csv")
+    assert train + val == 'one, two\nthree\nsay "four"\n' + "x" * 200_000
+
+
+def test_rows_without_text_are_left_out_and_counted(tmp_path, prepared):
+    rows = [{"text": "first " * 20}, {"text": None}, {"text": "second " * 20}, {"text": None}]
+    source = write_files(tmp_path, {"a.jsonl": "\n".join(map(json.dumps, rows))}) / "a.jsonl"
+    assert "left out: 2 rows without text" in load(text, source).describe()
+
+
+GOOD_ROWS = "\n".join('{"text": "document %d"}' % i for i in range(150)) + "\n"
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.jsonl", GOOD_ROWS + '{"text": "oops', "a.jsonl, line 151 is not JSON"),
+    ("a.jsonl", GOOD_ROWS + '"text"', "a.jsonl, line 151 holds no columns"),
+    ("a.jsonl", GOOD_ROWS + '{"body": "text"}', "a.jsonl, line 151 has no column 'text'; it has body"),
+    ("a.jsonl", GOOD_ROWS + '{"text": 7}', "a.jsonl, line 151: column 'text' holds no text, but int"),
+    ("a.jsonl", GOOD_ROWS + r'{"text": "half \ud83d"}', "a.jsonl, line 151 is no valid text"),
+    ("a.jsonl", GOOD_ROWS.encode() + '{"text": "café"}'.encode("latin-1"), "a.jsonl, line 151 is not JSON"),
+    ("a.json", '[{"text": "a"}, 3]', "a.json, row 1 holds no columns"),
+    ("a.json", '[{"text": "a"', "a.json cannot be read"),
+    ("a.csv", "text\none\na,b,c\n", "a.csv, row 1: 3 cells, but the first line names 1"),
+    ("a.csv", "text,name\none,1\ntwo\n", "a.csv, row 1: 1 cells, but the first line names 2"),
+    ("a.csv", "text\none\ncafé\n".encode("latin-1"), "a.csv, row 1 cannot be read"),
+    ("a.csv", "täxt\none\n".encode("latin-1"), "a.csv, row 0 cannot be read"),
+    ("a.csv", 'text\none\n"two', "a.csv, row 1 cannot be read"),
+    ("a.tsv", "text\tname\none\n", "a.tsv, row 0: 1 cells, but the first line names 2"),
+    ("a.parquet", b"PAR1 and no more", "a.parquet cannot be read"),
+    ("a.arrow", b"ARROW1 and no more", "a.arrow cannot be read"),
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz cannot be read")])
+def test_a_row_that_cannot_be_read_is_named(name, content, says, tmp_path, prepared):
+    source = write_files(tmp_path / "set", {name: content})
+    assert says in refusal(text, source)
+    assert says in refusal(text, source / name)
+
+
+def test_a_damaged_parquet_file_is_named_with_its_row(tmp_path, prepared):
+    source = write_table(tmp_path / "a.parquet", [f"document {i} {'x' * i}" for i in range(400)])
+    content = bytearray(source.read_bytes())
+    content[20:400] = bytes(380)
+    source.write_bytes(content)
+    assert "a.parquet cannot be read after row 0" in refusal(text, source)
+
+
+def test_one_of_several_configurations_must_be_chosen(tmp_path, prepared):
+    head = ("---\nconfigs:\n- config_name: en\n  data_files: en/*.jsonl\n"
+            "- config_name: de\n  data_files:\n  - split: train\n    path: de/a*.jsonl\n"
+            "  - split: validation\n    path: [de/b.jsonl]\n---\n")
+    source = write_files(tmp_path / "set", {
+        "README.md": head, "en/a.jsonl": '{"text": "english text"}', "de/a1.jsonl": '{"text": "deutsch"}',
+        "de/b.jsonl": '{"text": "Abend"}'})
+    assert "choose one with --config: 'en', 'de'" in refusal(text, source)
+    assert "has no --config 'fr'; it has 'en', 'de'" in refusal(text, source, config="fr")
+    assert "".join(stored_text(source, config="en")) == "english text"
+    assert stored_text(source, config="de") == ("deutsch", "Abend")
+
+
+def test_images_in_hub_form_keep_their_labels_and_splits(tmp_path, prepared):
+    source = tmp_path / "hub"
+    train = write_image_table(source / "data" / "train-00000-of-00001.parquet", 7, seed=1)
+    test = write_image_table(source / "data" / "test-00000-of-00001.parquet", 5, seed=2)
+    d = load(images, source)
+    assert d.names == ["cat", "dog"] and d.facts["n_channel"] == 3
+    for split, pixels in (("train", train), ("val", test)):
+        assert d.arrays[f"{split}_labels"].tolist() == [i % 2 for i in range(len(pixels))]
+        assert (d.arrays[f"{split}_images"] == np.stack(pixels).transpose(0, 3, 1, 2)).all()
+    assert counts(source, split="test") == (3, 2)  # and never scores its own rows
+
+
+def test_a_split_without_labels_is_not_held_out(tmp_path, prepared, capsys):
+    source = tmp_path / "hub"
+    write_image_table(source / "train.parquet", 20, seed=1)
+    write_image_table(source / "test.parquet", 10, seed=2, labels=[-1] * 10)
+    assert counts(source) == (18, 2)
+    assert "'test' has no labels, so it is not held out" in capsys.readouterr().out
+    write_image_table(source / "validation.parquet", 6, seed=3, labels=[-1] * 6)
+    assert counts(source) == (18, 2)
+    write_image_table(source / "validation.parquet", 4, seed=3)
+    assert counts(source) == (20, 4)
+
+
+def test_columns_of_images_are_found_or_asked_for(tmp_path, prepared):
+    write_image_table(tmp_path / "a.parquet", 20)
+    assert counts(tmp_path / "a.parquet", image_column="picture", label_column="kind") == (18, 2)
+    shutil.rmtree(data.DATA_DIR)
+    data.DATA_DIR.mkdir()
+    assert "has no column 'image' (--image-column); it has picture, kind" in refusal(
+        images, tmp_path / "a.parquet", image_column="image")
+    write_table(tmp_path / "b.parquet", ["no image"] * 5)
+    assert "choose one of 'text' with it" in refusal(images, tmp_path / "b.parquet")
+
+
+class FakeDataset:
+    """A dataset of the hub, as `datasets` streams it, whose connection is lost after some rows."""
+    features = None
+
+    def __init__(self, n, lost_after=None):
+        self.n, self.lost_after = n, lost_after
+
+    def __iter__(self):
+        for i in range(self.n):
+            if i == self.lost_after:
+                raise ConnectionError("the server hung up\nand says more")
+            yield {"text": f"document {i}"}
+
+
+def pretend_hub(monkeypatch, configs, splits):
+    """The hub holds a dataset with these configurations and splits. Returns a list of what is asked for."""
+    asked = []
+
+    def load_dataset(source, config, streaming):
+        asked.append((source, config))
+        return splits
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.get_dataset_config_names", lambda source: configs)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    return asked
+
+
+def test_a_connection_lost_while_rows_are_streamed_gets_one_line(prepared, monkeypatch):
+    pretend_hub(monkeypatch, ["default"], {"train": FakeDataset(300, lost_after=170)})
+    message = refusal(text, "someone/texts")
+    assert "someone/texts, train: row 170 cannot be read" in message and "hung up" in message
+
+
+def test_datasets_of_the_hub_have_splits_and_configurations(prepared, monkeypatch):
+    splits = {"train": FakeDataset(3), "unsupervised": FakeDataset(5), "test": FakeDataset(2)}
+    asked = pretend_hub(monkeypatch, ["en", "de"], splits)
+    assert "choose one with --config: 'en', 'de'" in refusal(text, "someone/texts")
+    assert "no --config 'fr'; it has 'en', 'de'" in refusal(text, "someone/texts", config="fr")
+    train, val = stored_text("someone/texts", config="de")
+    assert asked == [("someone/texts", "de")]
+    assert train.count("document") == 3 and val.count("document") == 2
+
+
+# ---- Data: text and its tokens ----------------------------------------------------------------------------
+
+# of GPT-2, and of cl100k_base, whose tokens may hold a line end after a sign
+PATTERNS = {"words": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+            "lines": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+                     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"}
+
+
+@pytest.fixture
+def words(monkeypatch):
+    """Two small encodings in the place of tiktoken's. Ids 268 to 299 have no token."""
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([i]): i for i in range(256)}
+    for merged in (" a", "ab", " ab", "\n\n", "  ", ".\n", "\r\n", "\t ", "12", "na", "é", "\u3000"):
+        ranks[merged.encode()] = len(ranks)
+    encodings = {}
+    for name, pattern in PATTERNS.items():
+        encodings[name] = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
+                                            special_tokens={"<|end|>": 300})
+    monkeypatch.setattr(tiktoken, "get_encoding", encodings.__getitem__)
+    return encodings
+
+
+def random_text(rng, length):
+    signs = ["a", "b", "ab", "é", "日", "1", "12", ".", ",", "'s"]
+    spaces = [" ", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\u3000"]
+    return "".join(rng.choice(signs + spaces) for _ in range(length))
+
+
+@pytest.mark.parametrize("name", ["words", "lines"])
+def test_the_tokens_of_pieces_are_those_of_the_whole_document(name, words, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 10)
+    tokenizer, rng, n_pieces = text.Tokenizer(name), random.Random(0), 0
+    for _ in range(700):
+        whole = random_text(rng, 50).encode()
+        cuts = sorted(rng.sample(range(len(whole)), 3))
+        blocks = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)])]
+        found = list(text.pieces(blocks))
+        assert b"".join(found) == whole
+        ids = np.concatenate(tokenizer.encode_all(found))
+        assert ids.tolist() == words[name].encode_ordinary(whole.decode())
+        n_pieces += len(found)
+    assert n_pieces > 2 * 700
+
+
+def test_a_text_without_white_space_is_cut_between_characters(monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 10)
+    monkeypatch.setattr(text, "LONGEST", 40)
+    whole = "日本語のé🙂" * 50
+    blocks = [whole.encode()[i:i + 7] for i in range(0, len(whole.encode()), 7)]
+    found = list(text.pieces(blocks))
+    assert "".join(piece.decode() for piece in found) == whole
+    assert max(map(len, found)) <= 40
+
+
+def test_blocks_of_a_large_text_never_gather_in_memory(monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 1000)
+    n_read = 0
+
+    def blocks():
+        nonlocal n_read
+        for _ in range(500):
+            n_read += 1000
+            yield b"some words of a long text, that repeats itself .. \n" * 20
+
+    n_given, parts = 0, []
+    for split, part in text.cut_in_two(blocks(), 300_000):
+        for piece in text.pieces(part):
+            n_given += len(piece)
+            assert n_read - n_given < 4000 and len(piece) < 3000
+        parts.append((split, n_given))
+    assert parts == [("train", 300_000), ("val", 500 * 1020)]
+
+
+def test_tokens_are_written_as_soon_as_there_are_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 1000)
+    monkeypatch.setattr(text, "AT_ONCE", 5000)
+    tokenizer, sizes = text.Tokenizer("bytes"), []
+    real = tokenizer.encode_all
+
+    def encode_all(texts):
+        sizes.append(sum(map(len, texts)))
+        return real(texts)
+    monkeypatch.setattr(tokenizer, "encode_all", encode_all)
+    documents = [("train", [b"word " * 200] * 100), ("val", [b"word " * 200] * 20)]
+    _, arrays = text.tokenize(documents, tokenizer, tmp_path, data.Progress("bytes"))
+    assert bytes(arrays["train"]) == b"word " * 20_000 and bytes(arrays["val"]) == b"word " * 4_000
+    assert max(sizes) < 8000
+
+
+@pytest.mark.parametrize("n_cores", [1, 2, 7, None])
+def test_tokens_are_the_same_whatever_the_number_of_cores(n_cores, words, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: n_cores)
+    rng = random.Random(1)
+    texts = [random_text(rng, 30) for _ in range(60)]
+    found = text.Tokenizer("words").encode_all([one.encode() for one in texts])
+    assert [ids.tolist() for ids in found] == [words["words"].encode_ordinary(one) for one in texts]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_text_that_is_not_utf8_is_refused_where_a_tokenizer_needs_it(encoding, tmp_path, prepared, words,
+                                                                    monkeypatch):
+    monkeypatch.setattr(text, "PIECE", 16)
+    raw = ("plain words, then é" * 5).encode("utf-8") + "déjà vu, naïve café\n".encode(encoding)
+    (tmp_path / "a.txt").write_bytes(raw)
+    place = len(("plain words, then é" * 5).encode()) + (1 if encoding == "latin-1" else 0)
+    assert f"is not UTF-8 at byte {place};" in refusal(text, tmp_path / "a.txt", tokenizer="words")
+    (tmp_path / "b.txt").write_bytes("ends within a character: é".encode()[:-1])
+    assert "is not UTF-8 at byte 25" in refusal(text, tmp_path / "b.txt", tokenizer="words")
+    arrays = load(text, tmp_path / "a.txt").arrays
+    assert bytes(arrays["train"]) + bytes(arrays["val"]) == raw
+
+
+def test_ids_without_a_token_are_shown(words):
+    tokenizer = text.Tokenizer("words")
+    assert tokenizer.n_vocab == 301
+    assert tokenizer.decode([104, 105, 289, 300, 33]) == "hi\N{REPLACEMENT CHARACTER}<|end|>!"
+    assert text.Tokenizer("bytes").decode([104, 105, 0xC3]) == "hi\N{REPLACEMENT CHARACTER}"
+
+
+def test_an_array_that_is_larger_than_memory_is_read(tmp_path, prepared):
+    (tmp_path / "a.txt").write_text("hello world\n" * 1000)
+    load(text, tmp_path / "a.txt").about
+    [folder] = data.DATA_DIR.iterdir()
+    n = 2 ** 42  # bytes of a sparse file, which takes no room
+    try:
+        with open(folder / "train.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (n,)})
+            file.truncate(file.tell() + n)
+    except OSError:
+        pytest.skip("there are no sparse files of this size here")
+    facts = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(facts | {"train": n}))
+    d = load(text, tmp_path / "a.txt")
+    assert d.batch(4, SimpleNamespace(seq_len=16), 0).shape == (4, 17)
+    assert not d.arrays["train"].flags.writeable
+    (folder / "train.npy").unlink()
+
+
+# ---- Data: images -----------------------------------------------------------------------------------------
+
+def test_images_of_one_colour_are_refused(tmp_path, prepared):
+    source = write_classes(tmp_path / "set", "a", "b", n=2)
+    for path in source.glob("*/*.png"):
+        Image.new("RGB", (8, 8), (77, 77, 77)).save(path)
+    assert "the same value" in refusal(images, source)
+
+
+def test_what_transparent_pixels_hide_is_white(tmp_path, prepared):
+    for name, value in (("black", 0), ("white", 255)):
+        (tmp_path / "icons" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.RandomState(i).randint(256, size=(8, 8, 4), dtype=np.uint8)
+            pixels[..., 3] = 0
+            pixels[2:6, 2:6] = value, value, value, 255
+            Image.fromarray(pixels).save(tmp_path / "icons" / name / f"{i}.png")
+    x, label = load(images, tmp_path / "icons").fixed("train")
+    assert (x[:, :, 0, 0] == 1).all()
+    assert torch.equal(x[:, 0, 3, 3], 2.0 * label - 1)
+
+
+@pytest.mark.parametrize("shape, n_channel", [((8, 8), 1), ((8, 8, 3), 3)])
+def test_grey_images_have_one_channel(shape, n_channel, tmp_path, prepared):
+    source = tmp_path / "set"
+    pixels = {}
+    for name in ("a", "b"):
+        for i in range(3):
+            pixels[name, i] = write_picture(source / name / f"{i}.png", i, shape)
+    d = load(images, source)
+    assert d.facts["n_channel"] == n_channel
+    stored = np.concatenate([d.arrays["train_images"], d.arrays["val_images"]])
+    known = {one.reshape(8, 8, -1).transpose(2, 0, 1).tobytes() for one in pixels.values()}
+    assert stored.shape == (6, n_channel, 8, 8) and {one.tobytes() for one in stored} == known
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path, prepared):
+    source = write_classes(tmp_path / "set", "a", "b", n=3)
+    whole = (source / "b" / "1.png").read_bytes()
+    for damaged in (whole[:60], b"<html>not found</html>", b""):
+        (source / "b" / "1.png").write_bytes(damaged)
+        assert "b/1.png cannot be read as an image" in refusal(images, source)
+
+
+def test_a_cell_that_holds_no_image_is_named(tmp_path, prepared):
+    import pyarrow
+    import pyarrow.parquet
+    source = tmp_path / "a.parquet"
+    write_image_table(source, 6)
+    table = pyarrow.parquet.read_table(source)
+    for cell, says in (({"bytes": b"no image", "path": None}, "a.parquet, row 4 cannot be read as an image"),
+                       (None, "a.parquet, row 4: --image-column picture holds no image")):
+        cells = table["picture"].to_pylist()
+        cells[4] = cell
+        changed = pyarrow.array(cells, type=table.schema.field("picture").type)
+        pyarrow.parquet.write_table(table.set_column(0, table.schema.field("picture"), changed), source)
+        assert says in refusal(images, source)
+
+
+@pytest.mark.parametrize("shape", [(7, 2, 4, 4), (7, 2, 1, 1), (7, 4, 3, 3)])
+def test_held_out_latents_of_another_shape_are_refused(shape, tmp_path, prepared):
+    source = write_latents(tmp_path / "a", val_latents=np.ones(shape))
+    assert f"val_latents {shape}" in refusal(images, source)
+
+
+def test_a_class_without_an_image_to_train_on_is_refused(tmp_path, prepared):
+    source = write_classes(tmp_path / "set", "a", "b", n=3)
+    write_classes(source, "lonely", n=1)
+    assert "(lonely)" in refusal(images, source)
+
+
+# ---- Data: progress ---------------------------------------------------------------------------------------
+
+def test_progress_is_a_line_a_minute_where_there_is_no_terminal(monkeypatch, capsys):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(data, "time", SimpleNamespace(time=lambda: clock.now))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    with data.Progress("documents", 1000) as progress:
+        for _ in range(20):
+            clock.now += 10
+            progress.add(20)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["prepared 120 documents, 2 a second, 12 %, 7 min left",
+                     "prepared 240 documents, 2 a second, 24 %, 6 min left",
+                     "prepared 360 documents, 2 a second, 36 %, 5 min left"]
+
+
+def test_progress_without_a_known_end_tells_the_speed(monkeypatch, capsys):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(data, "time", SimpleNamespace(time=lambda: clock.now))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    with data.Progress("bytes") as progress:
+        clock.now += 100
+        progress.add(5_000_000)
+    assert capsys.readouterr().out == "prepared 5,000,000 bytes, 50,000 a second\n"
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with data.Progress("images", 10) as progress:
+        progress.add(4)
+        assert progress.bar.n == 4 and progress.bar.total == 10
+    printed = capsys.readouterr()
+    assert printed.out == "" and "10" in printed.err
+
+
+def test_preparing_tells_what_was_done_of_how_much(tmp_path, prepared, monkeypatch):
+    told = []
+
+    class Told(data.Progress):
+        def __exit__(self, *error):
+            told.append((self.unit, self.done, self.total))
+    monkeypatch.setattr(text, "Progress", Told)
+    monkeypatch.setattr(images, "Progress", Told)
+    load(text, write_files(tmp_path / "texts", {"a.txt": "x" * 50, "b.txt": "y" * 50})).about
+    load(text, write_table(tmp_path / "a.parquet", [f"document {i}" for i in range(120)])).about
+    load(text, write_table(tmp_path / "a.jsonl", [f"document {i}" for i in range(120)])).about
+    load(images, write_classes(tmp_path / "set", "a", "b")).about
+    assert told == [("bytes", 101, 100), ("documents", 120, 120), ("documents", 120, None), ("images", 24, 24)]
+
+
+# ---- Data: augmentation -----------------------------------------------------------------------------------
+
 def operation(name, x, s):
     return augment.OPERATIONS[name](x, torch.full((len(x), 1, 1, 1), float(s)))
 
@@ -2181,6 +2978,104 @@ def test_crops_and_flips_treat_each_image_by_itself():
              for a, b in zip(augment.crop(x), x)]
     assert (np.sum(moved, 1) == 1).all() and (np.sum(moved, 0) > 10).all()  # one pixel of 8, every way
     assert 100 < sum(torch.equal(a, b.flip(2)) for a, b in zip(augment.flip(x), x)) < 200
+
+
+SHARE = 150 / 331  # of the side, by which RandAugment translates
+
+
+@pytest.mark.parametrize("s", [.3, -.3, 1, -1])
+@pytest.mark.parametrize("name", ["shear x", "shear y", "translate x", "translate y", "rotate"])
+def test_geometry_agrees_with_pil(name, s):
+    cos, sin = math.cos(s * math.pi / 6), math.sin(s * math.pi / 6)  # by 30 degrees
+    across, along, shift_x, shift_y = 1, 1, 0, 0
+    shear_x, shear_y = 0, 0
+    if name == "shear x":
+        shear_x = .3 * s
+    elif name == "shear y":
+        shear_y = .3 * s
+    elif name == "translate x":
+        shift_x = 32 * SHARE * s
+    elif name == "translate y":
+        shift_y = 32 * SHARE * s
+    else:
+        across, along, shear_x, shear_y = cos, cos, -sin, sin
+    # where a pixel comes from, as Pillow wants it; the centre (16, 16) stays, but for a translation
+    coefficients = (across, shear_x, 16 - 16 * (across + shear_x) + shift_x,
+                    shear_y, along, 16 - 16 * (shear_y + along) + shift_y)
+    before = photographs(3)
+    for image, changed in zip(before, operation(name, before, s)):
+        picture = Image.fromarray(image.byte().permute(1, 2, 0).numpy())
+        true = picture.transform((32, 32), Image.Transform.AFFINE, coefficients, Image.Resampling.NEAREST,
+                                 fillcolor=(128, 128, 128))
+        differ = (changed.permute(1, 2, 0).numpy() != np.asarray(true)).any(2)
+        assert differ.sum() <= 5  # of 1024: places that lie between two pixels
+
+
+def record_operations(monkeypatch):
+    """14 operations that each add 1 to an image. Returns a list of (operation, grey level, strength)."""
+    calls = []
+
+    def operation_number(number):
+        def add_one(x, s):
+            for level, strength in zip(x[:, 0, 0, 0].tolist(), s.flatten().tolist()):
+                calls.append((number, level, strength))
+            return x + 1
+        return add_one
+    names = list(augment.OPERATIONS)
+    monkeypatch.setattr(augment, "OPERATIONS", {name: operation_number(i) for i, name in enumerate(names)})
+    return calls
+
+
+def test_two_operations_of_fourteen_change_each_image_at_strength_nine_of_thirty(monkeypatch):
+    calls = record_operations(monkeypatch)
+    levels = torch.arange(140.0)
+    x = (levels / 127.5 - 1).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    changed = ((augment.rand(x) + 1) * 127.5).round()
+    assert torch.equal(changed[:, 0, 0, 0], levels + 2)  # twice, and each image in its place
+    numbers = np.bincount([number for number, _, _ in calls])
+    assert numbers.tolist() == [20] * 14
+    strengths = [strength for _, _, strength in calls]
+    assert all(abs(strength) == pytest.approx(.3) for strength in strengths)
+    assert 80 < sum(strength > 0 for strength in strengths) < 200
+    first = {level: number for number, level, _ in calls[:140]}
+    second = {level - 1: number for number, level, _ in calls[140:]}
+    assert sum(first[level] == second[level] for level in first) < 40  # drawn anew: 10 of 140 are expected
+
+
+def test_operations_are_drawn_for_each_batch_anew(monkeypatch):
+    calls = record_operations(monkeypatch)
+    drawn = []
+    for _ in range(30):
+        calls.clear()
+        augment.rand(torch.zeros(1, 3, 4, 4))
+        drawn.append([number for number, _, _ in calls])
+    assert all(len(numbers) == 2 for numbers in drawn)
+    assert len(set(itertools.chain(*drawn))) > 8
+
+
+def test_rand_augment_without_strength_keeps_images_in_their_places(monkeypatch):
+    for name in ("autocontrast", "equalize", "solarize"):  # which have no strength, or change white
+        monkeypatch.delitem(augment.OPERATIONS, name)
+    x = photographs(3) / 127.5 - 1
+    assert torch.allclose(augment.rand(x, strength=0), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["crop", "flip", "rand", "rand,crop,flip"])
+def test_batches_are_augmented_and_keep_their_labels(name, tmp_path, prepared):
+    source = tmp_path / "set"
+    for number, c in enumerate("ab"):
+        for i in range(10):
+            pixels = write_picture(source / c / f"{i}.png", i) // 4 + 150 * number  # b is brighter than a
+            Image.fromarray(pixels).save(source / c / f"{i}.png")
+    plain, plain_labels = load(images, source).batch(16, None, 0)
+    x, labels = load(images, source, augment=name).batch(16, None, 0)
+    assert x.shape == plain.shape and x.dtype == plain.dtype and x.min() >= -1 and x.max() <= 1
+    assert torch.equal(labels, plain_labels) and not torch.equal(x, plain)
+    held_out = load(images, source).held_out(None, None)[0]
+    assert torch.equal(load(images, source, augment=name).held_out(None, None)[0], held_out)
+    if name == "flip":
+        for image, own in zip(x, plain):
+            assert torch.equal(image, own) or torch.equal(image.flip(2), own)
 
 
 # ---- Measuring --------------------------------------------------------------------------------------------
