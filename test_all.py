@@ -618,6 +618,30 @@ def held_out(*columns):
     return SimpleNamespace(bytes_per_token=2.0, held_out=lambda n, config: batch)
 
 
+@each(mdm, vit)
+def test_all_that_is_held_out_is_scored(module):
+    asked_for = []
+
+    def held_out(n, config):
+        asked_for.append(n)
+        raise StopIteration  # what it asks for is enough
+    with pytest.raises(StopIteration):
+        module.evaluate(blocks_of(module), {}, SimpleNamespace(held_out=held_out, bytes_per_token=1.0))
+    assert asked_for == [None]
+
+
+def test_vit_classifies_images_that_are_held_out(monkeypatch):
+    def held_out(n, config):
+        return IMAGES[:n], LABELS[:n]
+    data = SimpleNamespace(held_out=held_out, names=[f"name {c}" for c in range(10)])  # and no way to others
+    monkeypatch.setattr(vit, "classify", lambda nets, x, *how: torch.arange(len(x)))
+    lines = vit.sample(blocks_of(vit), vit.Sampling(n_images=3), data).splitlines()
+    expected = []
+    for i in range(3):
+        expected.append(f"image {i}: name {LABELS[i]}, classified as name {i}")
+    assert lines == expected
+
+
 def guessing(block, scale):
     """A block with a prior in its network's place: the truth is exp(scale) times as probable as another."""
     def logits(x, z, sigma, context=block.b):
