@@ -140,6 +140,7 @@ def decode(file, where, size=None):
     from PIL import Image, ImageOps
     with user_error(f"{where} cannot be read as an image"):
         picture = ImageOps.exif_transpose(Image.open(file))  # as the camera was held
+        is_grey = picture.mode in ("1", "L", "LA")
         if "A" in picture.getbands() or "transparency" in picture.info:
             # what transparent pixels hide is not shown anywhere: they become white
             white = Image.new("RGBA", picture.size, "white")
@@ -150,7 +151,7 @@ def decode(file, where, size=None):
         raise UserError(f"{where}: images must be square and have 8 bits a channel, but this one has {shape}")
     if size is not None and pixels.shape != size:
         raise UserError(f"{where}: all images must be of one size, {size[2]} x {size[1]}, but this one has {shape}")
-    return pixels, picture.mode in ("1", "L")
+    return pixels, is_grey
 
 
 def folders_source(settings, name, files):
