@@ -1,6 +1,7 @@
 """Draw the pictures of README.md and results/README.md from the logs: python results/figures.py
 
 It needs matplotlib, which the program does not. Pictures in results/images/ look the same on dark pages."""
+import io
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -118,7 +120,191 @@ def dit_grids():
         save(figure, name)
 
 
+# ---- The picture of the idea: points are (right, down) on a page of 800 x 450, and so is a README's width ----
+
+PAGES = {"light": {"page": "#ffffff", "ink": "#1f2328", "pale": "#656d76", "layer": "#dfe3e8", "back": "#cf222e"},
+         "dark": {"page": "#0d1117", "ink": "#e6edf3", "pale": "#9198a1", "layer": "#2f363e", "back": "#ff6b63"}}
+TOP, ZONE, GAP = 52, 100, 8      # a zone is what belongs to one block; three of them, one below another
+LAYER_WIDTH, LAYER_HEIGHT, PICTURE = 92, 26, 44
+DIGIT = 0                        # of data/digits.npz
+IN_TRAINING = 1
+
+
+def mix(colour, other, share):
+    """The colour, with a share of another one in it."""
+    colour, other = (np.array(matplotlib.colors.to_rgb(name)) for name in (colour, other))
+    return tuple((1 - share) * colour + share * other)
+
+
+def block_colour(page, b):
+    return mix(BLOCKS[b], "#ffffff", .35) if page is PAGES["dark"] else BLOCKS[b]
+
+
+def zone_top(b):
+    return TOP + b * (ZONE + GAP)
+
+
+def write(axis, page, x, y, text, colour="ink", size=9, align="left", **more):
+    more = {"va": "center_baseline", **more}
+    axis.text(x, y, text, color=page[colour], fontsize=size, ha=align, **more)
+
+
+def headline(axis, page, x, title, caption):
+    write(axis, page, x, 26, title, size=13, fontweight="bold")
+    for i, line in enumerate(caption):
+        write(axis, page, x, 388 + 17 * i, line)
+
+
+def box(axis, x, y, width, height, fill, edge, line="-", thick=1., corner=4):
+    axis.add_patch(matplotlib.patches.FancyBboxPatch(
+        (x, y), width, height, boxstyle=f"round,pad=0,rounding_size={corner}", facecolor=fill, edgecolor=edge,
+        linestyle=line, linewidth=thick))
+
+
+def arrow(axis, start, end, colour, thick=1.2):
+    axis.annotate("", end, start, arrowprops={
+        "arrowstyle": "-|>,head_width=.28,head_length=.5", "color": colour, "linewidth": thick, "shrinkA": 0,
+        "shrinkB": 0, "mutation_scale": 9, "joinstyle": "miter"})
+
+
+def layers(axis, page, x, tops, first, fill, edge, text, line):
+    """Layers one below another, and the arrows of the forward pass between them."""
+    middle = x + LAYER_WIDTH / 2
+    for i, top in enumerate(tops):
+        box(axis, x, top, LAYER_WIDTH, LAYER_HEIGHT, fill, edge, line)
+        write(axis, page, middle, top + LAYER_HEIGHT / 2, f"layer {first + i}", text, align="center")
+    for top, following in zip(tops, tops[1:]):
+        arrow(axis, (middle, top + LAYER_HEIGHT + 1), (middle, following - 1), page[text])
+
+
+def loss_and_back(axis, page, x, first_top, last_top, text, back):
+    """The loss at the right of the last layer, and backpropagation from there up to the first one."""
+    first = first_top + LAYER_HEIGHT / 2
+    last = last_top + LAYER_HEIGHT / 2
+    arrow(axis, (x + 1, last), (x + 13, last), page[text])
+    write(axis, page, x + 28, last, "loss", text, align="center")
+    axis.plot([x + 28, x + 28, x + 14], [last - 9, first, first], color=back, linewidth=2.2, solid_capstyle="butt",
+              solid_joinstyle="miter")
+    arrow(axis, (x + 15, first), (x + 2, first), back, 2.2)
+
+
+def noised(sigma):
+    """A digit with noise, grey levels in 0 to 1; the same noise at every sigma."""
+    digits = np.load(HERE.parent / "data" / "digits.npz")["images"]
+    y = digits[DIGIT] / 8 - 1
+    z = y + sigma * np.random.default_rng(0).standard_normal(y.shape)
+    white = (1 + 2 * sigma ** 2) ** .5
+    return (z.clip(-white, white) / white + 1) / 2
+
+
+def picture(axis, page, x, y, sigma, edge, shown=1.):
+    """The noised digit with its upper left corner at (x, y)."""
+    axis.imshow(noised(sigma), cmap="gray", vmin=0, vmax=1, alpha=shown, interpolation="nearest", zorder=2,
+                extent=(x, x + PICTURE, y + PICTURE, y))
+    axis.add_patch(plt.Rectangle((x, y), PICTURE, PICTURE, fill=False, edgecolor=edge, linewidth=1.2, zorder=3))
+
+
+def end_to_end(axis, page):
+    headline(axis, page, 20, "End to end", (
+        "All layers, gradients,", "activations and optimizer", "state in memory at once."))
+    box(axis, 20, TOP, 176, 3 * ZONE + 2 * GAP, mix(page["layer"], page["page"], .6), page["ink"], thick=1.6)
+    write(axis, page, 30, TOP + 13, "all layers", fontweight="bold")
+    write(axis, page, 186, TOP + 13, "in memory", align="right")
+    tops = np.linspace(TOP + 26, zone_top(2) + 66, 6)
+    layers(axis, page, 36, tops, 0, page["layer"], page["pale"], "ink", "-")
+    loss_and_back(axis, page, 36 + LAYER_WIDTH, tops[0], tops[-1], "ink", page["back"])
+    write(axis, page, 174, (tops[0] + tops[-1] + LAYER_HEIGHT) / 2, "backpropagation", "back", align="center",
+          rotation=90, va="center")
+
+
+def sigma_text(sigma):
+    return f"{sigma:.2g}".removeprefix("0")
+
+
+def noise_axis(axis, page, noise, x):
+    """The noise levels from top to bottom, cut where the blocks are."""
+    write(axis, page, x - 16, TOP + 58, "noise σ", "pale", align="center", rotation=90, va="center")
+    for b in range(3):
+        axis.plot([x, x], [zone_top(b) - GAP / 2, zone_top(b) + ZONE + GAP / 2], color=block_colour(page, b),
+                  linewidth=4, solid_capstyle="butt")
+    cuts = (TOP + 6, zone_top(1) - GAP / 2, zone_top(2) - GAP / 2, zone_top(2) + ZONE - 4)
+    for y, sigma in zip(cuts, reversed(noise.boundaries)):
+        write(axis, page, x - 8, y, sigma_text(sigma), align="right")
+
+
+def one_block(axis, page, noise, b, x):
+    """A block, its own input, loss and backpropagation; pale if another block is the one in training."""
+    own, top = block_colour(page, b), zone_top(b)
+    here = b == IN_TRAINING
+    text = "ink" if here else "pale"
+    edge = own if here else mix(own, page["page"], .5)
+    line = "-" if here else (0, (4, 3))
+    box(axis, x, top, 222, ZONE, mix(own, page["page"], .82 if here else .95), edge, line, 2. if here else 1.)
+    write(axis, page, x + 10, top + 13, f"block {b}", text, fontweight="bold")
+    write(axis, page, x + 212, top + 13, "in memory" if here else "not in memory", text, align="right")
+    lo, hi = noise.interval(b)
+    tops = (top + 26, top + 66)
+    picture(axis, page, x + 10, top + 26, (lo * hi) ** .5, edge, 1. if here else .4)
+    write(axis, page, x + 10 + PICTURE / 2, top + 83, "input z", text, align="center")
+    arrow(axis, (x + 12 + PICTURE, tops[0] + LAYER_HEIGHT / 2), (x + 76, tops[0] + LAYER_HEIGHT / 2), page[text])
+    layers(axis, page, x + 78, tops, 2 * b, mix(own, page["page"], .5 if here else .9), edge, text, line)
+    loss_and_back(axis, page, x + 78 + LAYER_WIDTH, *tops, text,
+                  page["back"] if here else mix(page["back"], page["page"], .55))
+
+
+def in_blocks(axis, page, noise):
+    x = 300
+    headline(axis, page, 248, "In blocks", (
+        "Only one block in memory. It learns to clean", "z = answer + σ · noise, for the σ it owns,",
+        "and needs no other block."))
+    noise_axis(axis, page, noise, x - 14)
+    for b in range(3):
+        one_block(axis, page, noise, b, x)
+
+
+def chain(axis, page, noise):
+    left = 580
+    middle = left + LAYER_WIDTH / 2
+    headline(axis, page, left, "To use it: a chain", (
+        "From pure noise to the answer.", "Each step runs one block:", "the one that owns its noise."))
+    tops = np.linspace(TOP, zone_top(2) + ZONE - PICTURE, 4)
+    names = ("pure noise", "", "", "the answer")
+    for top, sigma, name in zip(tops, reversed(noise.boundaries), names):
+        picture(axis, page, middle - PICTURE / 2, top, sigma, page["pale"])
+        write(axis, page, middle + 60, top + PICTURE / 2 + (9 if name else 0), f"σ = {sigma_text(sigma)}", "pale")
+        write(axis, page, middle + 60, top + PICTURE / 2 - 8, name)
+    for b, top in enumerate(tops[:-1]):
+        own, start, end = block_colour(page, b), top + PICTURE, tops[b + 1]
+        y = (start + end) / 2
+        arrow(axis, (middle, start + 1), (middle, y - 10), page["ink"])
+        box(axis, middle - LAYER_WIDTH / 2, y - 9, LAYER_WIDTH, 18, mix(own, page["page"], .5), own)
+        write(axis, page, middle, y, f"block {b}", align="center", fontweight="bold")
+        arrow(axis, (middle, y + 10), (middle, end - 1), page["ink"])
+
+
+def save_in_256_colours(figure, page, path):
+    """A third of the bytes, and no difference that one sees."""
+    file = io.BytesIO()
+    figure.savefig(file, dpi=200, facecolor=page["page"])
+    plt.close(figure)
+    Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def idea():
+    """End to end beside blocks, and how blocks are used: one picture for light pages, one for dark ones."""
+    noise = LogNormal(3)
+    for name, page in PAGES.items():
+        figure = plt.figure(figsize=(8, 4.5))
+        axis = figure.add_axes((0, 0, 1, 1))
+        end_to_end(axis, page)
+        in_blocks(axis, page, noise)
+        chain(axis, page, noise)
+        axis.set(xlim=(0, 800), ylim=(450, 0))
+        axis.axis("off")
+        save_in_256_colours(figure, page, HERE / "images" / f"idea_{name}.png")
+
+
 if __name__ == "__main__":
-    for draw in (edges, loss, curves, dit_grids):
+    for draw in (edges, loss, curves, dit_grids, idea):
         draw()
         print(f"drew {draw.__name__}")
