@@ -127,7 +127,7 @@ def prepared(name, settings, stamps, build):
         facts = json.loads((folder / "meta.json").read_text())
         # mapped read-only: they may be larger than memory
         return facts, {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, EOFError) as e:
         if getattr(e, "errno", None) == errno.ENOMEM:
             raise MemoryError(f"to map {folder}") from None
         raise UserError(f"{folder} is damaged; delete that folder and run again ({first_line(e)})") from None
