@@ -97,6 +97,8 @@ def listing(root):
                     left_out["links to a folder that they are in"] += 1
                 else:
                     visit(path, prefix + name + "/", above | {identity})
+            elif not path.is_file():
+                left_out["that are pipes, sockets or devices"] += 1
             elif identity in seen:
                 left_out["links to a file that is used already"] += 1
             else:
