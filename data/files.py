@@ -146,7 +146,7 @@ def split_of(name):
             return SPLITS[folder.lower()]
     stem = last.split(".")[0]
     hub = HUB_NAME.match(stem)
-    if hub:
+    if hub and hub[1] != "data":  # which is save_to_disk's name for a dataset without splits
         return SPLITS.get(hub[1].lower(), hub[1])
     word = re.match(r"[A-Za-z]+", stem)
     if word and word[0].lower() in SPLITS:
