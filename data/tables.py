@@ -58,9 +58,10 @@ def rows_of_batches(batches, name):
     while True:
         with user_error(f"{name} cannot be read after row {number}"):
             batch = next(batches, None)
-        if batch is None:
+            rows = batch.to_pylist() if batch is not None else None
+        if rows is None:
             return
-        for row in batch.to_pylist():
+        for row in rows:
             yield f"{name}, row {number}", row
             number += 1
 
