@@ -66,7 +66,7 @@ def local_path(source, kind):
     if source in BUILT_IN:
         return None
     path = Path(source).expanduser()
-    if path.exists():
+    if source and path.exists():  # Path("") is the working directory
         return path
     if not source or PATH.search(source):
         raise UserError(f"--data {source}: there is no such file or folder")
