@@ -230,11 +230,16 @@ class Masking(Noise):
     """Mask noise: at time t in [0, 1] a token is still visible with probability alpha(t), else it is a mask.
 
     As LogNormal, with t in the place of sigma: block 0 owns the times near 1, where nearly all is
-    masked. alpha keeps a distance eps from 0 and 1 (MD4), or the weight would have no bound at t = 0."""
+    masked. alpha keeps a distance eps from 0 and 1 (MD4), or the weight would have no bound at t = 0.
+
+    Few masks teach little, and nearly all masked teaches little, too (BD3-LM, arXiv 2503.09573). So training may be
+    limited to times from t_min to t_max. What a block owns when sampling reaches on to 0 and 1."""
     n_blocks: int = 1           # blocks that the layers are cut into, each trained alone
     gamma: float = 0.05         # overlap of neighbouring blocks in training, a part of its alpha (paper)
     schedule: str = "linear"    # alpha: linear, 1 - t (paper), or cosine, 1 - cos(pi/2 (1 - t)) (MD4)
     eps: float = 1e-4           # alpha(0) = 1 - eps and alpha(1) = eps (MD4)
+    t_min: float = 0.0          # training is at times from here
+    t_max: float = 1.0          # to here, cut into equal steps of alpha, one for each block
 
     def __post_init__(self):
         require_finite(self)
@@ -242,7 +247,11 @@ class Masking(Noise):
         require(self.n_blocks >= 1, "n_blocks must be at least 1", self.n_blocks)
         require(self.gamma >= 0, "gamma must be at least 0", self.gamma)
         require(0 < self.eps < 0.5, "eps must be above 0 and below 0.5", self.eps)
-        self.boundaries = [self._inverse(1 - (self.n_blocks - i) / self.n_blocks) for i in range(self.n_blocks + 1)]
+        require(0 <= self.t_min < self.t_max <= 1, "need 0 <= t_min < t_max <= 1",
+                f"t_min {self.t_min}, t_max {self.t_max}")
+        n = self.n_blocks
+        inner = [self.training_time(1 - (n - i) / n) for i in range(1, n)]
+        self.boundaries = [0.0, *inner, 1.0]
 
     def mask_probability(self, t):
         """1 - alpha(t), of t's shape."""
@@ -253,14 +262,24 @@ class Masking(Noise):
         """The time at which a token is masked with probability `masked`, a float: 0 to 1."""
         return self._inverse(min(1.0, max(0.0, (masked - self.eps) / (1 - 2 * self.eps))))
 
+    def training_time(self, part):
+        """The time at which a part of alpha's way between t_min and t_max is done."""
+        ways = self.t_min, self.t_max
+        if self.schedule == "cosine":
+            ways = math.sin(math.pi / 2 * self.t_min), math.sin(math.pi / 2 * self.t_max)
+        return self._inverse(ways[0] + (ways[1] - ways[0]) * part)
+
     def _inverse(self, part):
         """The time at which a part of alpha's way from 1 - eps to eps is done."""
-        return part if self.schedule == "linear" else 2 / math.pi * math.asin(part)
+        if self.schedule == "linear":
+            return part
+        return 2 / math.pi * math.asin(part)
 
     def widened(self, block):
+        """(lo, hi) that a block is trained on: its step of the training's times and an overlap on either side."""
         lo = max(0.0, (block - self.gamma) / self.n_blocks)      # in alpha
         hi = min(1.0, (block + 1 + self.gamma) / self.n_blocks)
-        return self._inverse(1 - hi), self._inverse(1 - lo)
+        return self.training_time(1 - hi), self.training_time(1 - lo)
 
     def sample(self, block, n, device="cpu"):
         """(n,) times to train a block on: one draw, repeated at n equal distances (MD4: antithetic)."""
