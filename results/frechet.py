@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from common import Parser, UserError, about, begin, load, run, train, write
-import gpt
 import vit
 from diffusion_blocks import seed_of
 
@@ -22,7 +21,8 @@ def frechet_distance(a, b):
 
     The trace of the root is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is
     symmetric."""
-    a, b = a.cpu().double(), b.cpu().double()
+    a = a.cpu().double()
+    b = b.cpu().double()
     mean = (a.mean(0) - b.mean(0)).pow(2).sum()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)                            # (D, D) each
     values, vectors = torch.linalg.eigh(cov_a)
@@ -31,12 +31,11 @@ def frechet_distance(a, b):
     return (mean + cov_a.trace() + cov_b.trace() - 2 * shared).item()
 
 
-def judge_of(setup):
-    """The end-to-end vit.py (gpt.py for text) in OUT, trained on the same data. Raises UserError."""
-    module, model = (vit, "vit") if setup.module.DATA == "images" else (gpt, "gpt")
-    net, state = train.trained(module, model, "end_to_end", setup.run.out, setup.device)
+def our_vit(setup):
+    """The end-to-end vit.py in OUT, trained on the same data. Raises UserError."""
+    net, state = train.trained(vit, "vit", "end_to_end", setup.run.out, setup.device)
     if state["data"]["fingerprint"] != setup.data.about["fingerprint"]:
-        raise UserError(f"{setup.run.out}/{model}/end_to_end.pt, the judge, was trained on other data")
+        raise UserError(f"{setup.run.out}/vit/end_to_end.pt was trained on other data")
     return net
 
 
@@ -61,12 +60,15 @@ def efficientnet(setup):
 
 def standard_fid(setup, images, held_out):
     """The FID of torch-fidelity between two sets of images (N, K, H, W) in [-1, 1]. Raises UserError."""
-    sets = [list(setup.module.to_bytes(x.expand(-1, 3, -1, -1)).cpu()) for x in (images, held_out)]
-    a, b = (torch.utils.data.Subset(x, range(len(x))) for x in sets)
+    sets = []
+    for x in (images, held_out):
+        pixels = list(setup.module.to_bytes(x.expand(-1, 3, -1, -1)).cpu())
+        sets.append(torch.utils.data.Subset(pixels, range(len(pixels))))
     try:
         import torch_fidelity
-        return torch_fidelity.calculate_metrics(
-            input1=a, input2=b, fid=True, cuda=images.is_cuda, verbose=False)["frechet_inception_distance"]
+        found = torch_fidelity.calculate_metrics(input1=sets[0], input2=sets[1], fid=True, verbose=False,
+                                                 cuda=images.is_cuda)
+        return found["frechet_inception_distance"]
     except (ImportError, OSError) as e:  # not installed, or its weights cannot be fetched
         raise UserError(str(e)) from None
 
@@ -75,30 +77,51 @@ def batched(function, x):
     return torch.cat([function(part) for part in x.split(100)])
 
 
-@torch.no_grad()
-def score(setup, models, n=2000, guidance=1.0):
-    """{row: {column: number}} of n images of each of the models {name: nets}, and of n to train on."""
-    held_out, label = setup.data.held_out(None, setup.config)[0], torch.arange(n, device=setup.device)
-    label, sets = label % setup.config.n_class, {"training images": setup.data.fixed("train", n)[0]}
+def generated(setup, models, n, guidance):
+    """{row: images (N, K, H, W)}: n of each of the models {name: nets}, and n to train on for comparison."""
+    label = torch.arange(n, device=setup.device) % setup.config.n_class
+    images = {"training images": setup.data.fixed("train", n)[0]}
     for name, nets in models.items():
         torch.manual_seed(seed_of(setup.training.seed, "frechet"))  # the same starting noise for all
-        images = setup.module.generate_images(nets, label, guidance=guidance)
-        sets[f"{name}, guidance {guidance:g}"] = images
+        images[f"{name}, guidance {guidance:g}"] = setup.module.generate_images(nets, label, guidance=guidance)
         print(f"generated: {name}", flush=True)
-    rows = {row: {} for row in sets}
-    for name, get in (("our ViT", judge_of), ("EfficientNet-lite0", efficientnet), ("Inception (FID)", None)):
-        column = f"Frechet distance, features of {name}"
+    return images
+
+
+def distances(get_net, setup, images, held_out):
+    """{row: {column: number}} on the features of a network, and how often our ViT sees the class asked for."""
+    net = get_net(setup)
+    of_held_out = batched(net.features, held_out)
+    rows = {}
+    for row, x in images.items():
+        rows[row] = {"distance": frechet_distance(batched(net.features, x), of_held_out)}
+        if get_net is our_vit and row != "training images":
+            label = torch.arange(len(x), device=x.device) % setup.config.n_class
+            right = batched(net.logits, x).argmax(-1) == label
+            rows[row]["judged to be of its class, %"] = 100 * right.float().mean().item()
+    return rows
+
+
+@torch.no_grad()
+def score(setup, models, n, guidance):
+    """{row: {column: number}} on each kind of features that can be had."""
+    held_out = setup.data.held_out(None, setup.config)[0]
+    images = generated(setup, models, n, guidance)
+    rows = {row: {} for row in images}
+    for name in ("our ViT", "EfficientNet-lite0", "Inception (FID)"):
         try:
-            net = get and get(setup)
-            of_held_out = net and batched(net.features, held_out)
-            for row, images in sets.items():
-                rows[row][column] = frechet_distance(batched(net.features, images), of_held_out) if net \
-                    else standard_fid(setup, images, held_out)
-                if get is judge_of and row != "training images":
-                    right = batched(net.logits, images).argmax(-1) == label
-                    rows[row]["judged to be of its class, %"] = 100 * right.float().mean().item()
+            if name == "our ViT":
+                found = distances(our_vit, setup, images, held_out)
+            elif name == "EfficientNet-lite0":
+                found = distances(efficientnet, setup, images, held_out)
+            else:
+                found = {row: {"distance": standard_fid(setup, x, held_out)} for row, x in images.items()}
         except UserError as e:
             print(f"without features of {name} ({e})", flush=True)
+            continue
+        for row, numbers in found.items():
+            rows[row][f"Frechet distance, features of {name}"] = numbers.pop("distance")
+            rows[row] |= numbers
     return rows
 
 
@@ -112,8 +135,10 @@ def main(argv):
         raise UserError("need a model that makes images (--model dit), and --n of at least 2")
     if setup.config.n_channel not in (1, 3):
         raise UserError("these distances are of pixels; of latents there is none: decode them first")
-    rows = score(setup, dict(zip(("blocks", "end to end", "control"), load(setup))), own.n, own.guidance)
-    write(setup.folder / "frechet.json", about("frechet", argv) | {"tables": {"generated images": rows}})
+    blocks, baseline, control = load(setup)
+    models = {"blocks": blocks, "end to end": baseline, "control": control}
+    rows = score(setup, models, own.n, own.guidance)
+    write(setup.folder / "frechet.json", {**about("frechet", argv), "tables": {"generated images": rows}})
 
 
 if __name__ == "__main__":
