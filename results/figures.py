@@ -1,8 +1,11 @@
 """Draw the pictures of README.md and results/README.md from the logs: python results/figures.py
 
-It needs matplotlib, which the program does not. Pictures in results/images/ look the same on dark pages."""
+It needs matplotlib, which the program does not. The picture of the idea has a light and a dark form, the others look the
+same on dark pages."""
+import argparse
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -17,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 from diffusion_blocks import LogNormal
 
 BLOCKS = ["#1b4b8a", "#d9822b", "#3f9e6b", "#8a3f7d"]
-BASELINE, CONTROL, ALONE = "#222222", "#777777", "#b0b0b0"
+BASELINE, CONTROL = "#222222", "#777777"
 plt.rcParams.update({
     "figure.facecolor": "#fbfaf7", "axes.facecolor": "#fbfaf7", "savefig.facecolor": "#fbfaf7",
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
@@ -30,94 +33,80 @@ def save(figure, name):
     plt.close(figure)
 
 
-def shade(axis, intervals):
-    """The intervals of the blocks, behind the curves."""
-    for b, (lo, hi) in enumerate(intervals):
-        axis.axvspan(lo, hi, color=BLOCKS[b], alpha=.13, linewidth=0)
+# ---- How the noise is cut ---------------------------------------------------------------------------------
+
+def draw_edges(axis, kind, title):
+    """The density of ln sigma in training, the intervals of four blocks, and the share that each gets."""
+    noise = LogNormal(4, edges=kind)
+    x = np.linspace(math.log(noise.sigma_min), math.log(noise.sigma_max), 6001)
+    density = np.exp(-0.5 * ((x - noise.p_mean) / noise.p_std) ** 2)
+    density /= noise.p_std * math.sqrt(2 * math.pi)
+    axis.plot(np.exp(x), density, color=BASELINE)
+    for b in range(4):
+        low, high = noise.interval(b)
+        inside = (x > math.log(low)) & (x <= math.log(high))
+        share = density[inside].sum() / density.sum()
+        height = 0.35 if b % 2 else 0.42  # neighbours' texts would touch
+        axis.axvspan(low, high, color=BLOCKS[b], alpha=0.13, linewidth=0)
+        axis.text(math.sqrt(low * high), height, f"block {b}\n{share:.1%}", ha="center", fontsize=8)
+    axis.set(xscale="log", xlim=(noise.sigma_min, noise.sigma_max), ylim=(0, 0.48),
+             xlabel="noise level sigma", title=title)
 
 
 def edges():
-    """The share of the training noise that each block gets, with the paper's edges and with uniform ones."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
-    for axis, kind, title in zip(axes, ("probability", "uniform"), (
-            "equal probability (the paper's, default)", "equal steps of ln sigma (--edges uniform)")):
-        noise = LogNormal(4, edges=kind)
-        x = np.linspace(np.log(noise.sigma_min), np.log(noise.sigma_max), 6001)
-        density = np.exp(-.5 * ((x - noise.p_mean) / noise.p_std) ** 2) / (noise.p_std * (2 * np.pi) ** .5)
-        axis.plot(np.exp(x), density, color=BASELINE)
-        shade(axis, [noise.interval(b) for b in range(4)])
-        for b in range(4):
-            lo, hi = noise.interval(b)
-            share = density[(x > np.log(lo)) & (x <= np.log(hi))].sum() / density.sum()
-            axis.text((lo * hi) ** .5, .35 if b % 2 else .42, f"block {b}\n{share:.1%}", ha="center",
-                      fontsize=8)
-        axis.set(xscale="log", xlim=(noise.sigma_min, noise.sigma_max), ylim=(0, .48),
-                 xlabel="noise level sigma", title=title)
-    axes[0].set_ylabel("density of ln sigma in training")
+    """The noise of images, cut at the paper's edges and at uniform ones."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), sharey=True)
+    draw_edges(left, "probability", "equal probability (the paper's, default)")
+    draw_edges(right, "uniform", "equal steps of ln sigma (--edges uniform)")
+    left.set_ylabel("density of ln sigma in training")
     save(figure, "edges")
 
 
-def curve(axis, model, title, baseline="end to end", ylim=None):
-    """Loss over the noise level: every block, baseline and control, and the posterior from z alone."""
-    log = json.loads((HERE / "probe" / f"{model}.json").read_text())
-    found, level = log["curve"], np.array(log["curve"]["level"])
-    shade(axis, log["intervals"])
-    for b, (loss, (lo, hi)) in enumerate(zip(found["blocks"], log["intervals"])):
-        inside = (level >= lo) & (level <= hi)
-        axis.plot(level, loss, color=BLOCKS[b], linewidth=.9, alpha=.8)
-        axis.plot(level[inside], np.array(loss)[inside], color=BLOCKS[b], linewidth=3, label=f"block {b}")
-    for name, colour, style in (("baseline", BASELINE, "--"), ("control", CONTROL, ":")):
-        loss = np.broadcast_to(found[name], level.shape)         # one number where it sees no noise
-        axis.plot(level, loss, color=colour, linestyle=style, label=baseline if name == "baseline" else name)
-    if "z alone" in found:
-        axis.plot(level, found["z alone"], color=ALONE, label="z alone, no network")
-    axis.set(title=title, ylabel=found["unit"], ylim=ylim, xlim=(level[0], level[-1]), xscale="log",
-             xlabel="noise level sigma")
-    if model == "mdm":
-        axis.set(xscale="linear", xlabel="time t: the share of tokens that is masked", xlim=(0, 1))
-    axis.legend(fontsize=7.5)
+# ---- Scores on the way ------------------------------------------------------------------------------------
+
+def mean_over_seeds(seeds, name, column):
+    """A column of rows {update: {column: number}}, (updates,)."""
+    rows = [[row[column] for row in tables[name].values()] for tables in seeds]
+    return np.mean(rows, axis=0)
 
 
-def loss():
-    figure, axes = plt.subplots(3, 2, figsize=(10, 11))
-    curve(axes[0, 0], "vit", "vit.py, digits")
-    curve(axes[0, 1], "dit", "dit.py, digits", ylim=(.2, 2))
-    curve(axes[1, 0], "gpt", "gpt.py, bytes of Python sources")
-    curve(axes[1, 1], "recurrent", "recurrent.py, the same text, about equal time", "end to end, 32 passes")
-    curve(axes[2, 0], "mdm", "mdm.py, the same text")
-    axes[2, 1].axis("off")
-    save(figure, "loss")
+def draw_curves(left, right, model, score, label):
+    """Held-out scores over updates of each network (left) and over minutes of training (right)."""
+    logs = sorted(HERE.glob(f"cpu/seed*/{model}/curves.json"))
+    seeds = [json.loads(log.read_text())["tables"] for log in logs]
+    for name, colour in zip(seeds[0], (BASELINE, CONTROL, *BLOCKS)):
+        y = mean_over_seeds(seeds, name, score)
+        updates = [int(step) for step in seeds[0][name]]
+        left.plot(updates, y, color=colour, label=name, marker=".")
+        right.plot(mean_over_seeds(seeds, name, "minutes"), y, color=colour, label=name, marker=".")
+    left.set(xlabel="updates of each network", ylabel=label)
+    right.set(xlabel="minutes of training, one CPU core")
+    left.legend(fontsize=8)
 
 
 def curves():
-    """Held-out scores of gpt and vit while they are trained, over updates of each network and over minutes of
-    training; means over seeds."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 7), sharey="row")
-    for (left, right), model, score, ylabel in zip(axes, ("gpt", "vit"), ("bits", "right, %"), (
-            "gpt: bits per byte on held-out text", "vit, CIFAR-100: accuracy, %")):
-        logs = sorted(HERE.glob(f"cpu/seed*/{model}/curves.json"))
-        seeds = [json.loads(log.read_text())["tables"] for log in logs]
-        for name, colour in zip(seeds[0], (BASELINE, CONTROL, *BLOCKS)):
-            y, minutes = (np.mean([[row[key] for row in tables[name].values()] for tables in seeds], axis=0)
-                          for key in (score, "minutes"))
-            for axis, x in ((left, [int(step) for step in seeds[0][name]]), (right, minutes)):
-                axis.plot(x, y, color=colour, label=name, marker=".")
-        left.set(xlabel="updates of each network", ylabel=ylabel)
-        right.set(xlabel="minutes of training, one CPU core")
-        left.legend(fontsize=8)
+    figure, (above, below) = plt.subplots(2, 2, figsize=(9, 7), sharey="row")
+    draw_curves(*above, "gpt", "bits", "gpt: bits per byte on held-out text")
+    draw_curves(*below, "vit", "right, %", "vit, CIFAR-100: accuracy, %")
     save(figure, "curves")
 
 
+# ---- Images that dit made ---------------------------------------------------------------------------------
+
+def draw_pair(name, end_to_end, blocks):
+    """Two pictures that train.py --sample wrote, side by side."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.8))
+    titles = ("end to end, 6 layers at every step", "3 blocks, 2 layers at every step")
+    for axis, file, title in zip(axes, (end_to_end, blocks), titles):
+        axis.imshow(plt.imread(HERE / file), interpolation="nearest", cmap="gray")
+        axis.set(title=title)
+        axis.axis("off")
+    save(figure, name)
+
+
 def dit_grids():
-    for name, folder, files in (("dit_grid", "dit", ("eval_baseline", "eval_blocks")),
-                                ("dit_cifar10", "cpu/seed0/dit", ("sample_end_to_end", "sample"))):
-        figure, axes = plt.subplots(1, 2, figsize=(9, 4.8))
-        for axis, file, title in zip(axes, files, (
-                "end to end, 6 layers at every step", "3 blocks, 2 layers at every step")):
-            axis.imshow(plt.imread(HERE / folder / f"{file}.png"), interpolation="nearest", cmap="gray")
-            axis.set(title=title)
-            axis.axis("off")
-        save(figure, name)
+    draw_pair("dit_grid", "images/dit_digits_end_to_end.png", "images/dit_digits_blocks.png")
+    draw_pair("dit_cifar10", "cpu/seed0/dit/sample_end_to_end.png", "cpu/seed0/dit/sample.png")
 
 
 # ---- The picture of the idea: points are (right, down) on a page of 800 x 450, and so is a README's width ----
@@ -305,6 +294,7 @@ def idea():
 
 
 if __name__ == "__main__":
-    for draw in (edges, loss, curves, dit_grids, idea):
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    for draw in (idea, edges, curves, dit_grids):
         draw()
         print(f"drew {draw.__name__}")

@@ -1,147 +1,411 @@
 """Rebuild the tables of README.md and results/README.md from the logs: python results/table.py [--check]
 
-A table stands between a mark, which says what is in it, and `<!-- end -->`:
-
-    <!-- vit/seed*/eval.json/tables/held-out images/{row}/{column}
-    columns: accuracy, %:1 | bits per label:3 => bits
-    rows: baseline => end to end | control -->
-
-The first line is the path of a number: a log, then keys of its JSON. {row} and {column} are entries of the
-lists ("=>" renames one; without `rows`: all keys). ":3": three decimals, ":3g": three significant digits,
-":0M": millions. A * in a log's name: mean ± deviation over seeds; in a key: mean. "last": the last key there.
-"A minus B": difference."""
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. The function of that name in this file makes it: it
+reads logs beside this file, and returns lines of markdown. --check changes nothing, and fails if a page has another
+table than the logs give."""
+import argparse
 import json
 import re
 import statistics
 import sys
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 HERE = Path(__file__).parent
+PAGES = (HERE.parent / "README.md", HERE / "README.md")
 
 
-def find(log, keys):
-    """What lies at a path of keys, or None."""
-    if not keys or log is None:
-        return log
-    key, *rest = keys
-    if " minus " in key:
-        first, second = (find(log, [k, *rest]) for k in key.split(" minus "))
-        return None if None in (first, second) else first - second
-    if "*" in key:
-        numbers = [find(log[k], rest) for k in log if fnmatchcase(k, key)]
-        return statistics.mean(numbers) if numbers and None not in numbers else None
-    if key == "last":
-        return find(list(log.values())[-1], rest)
-    return find(log.get(key), rest)
+# ---- Numbers from logs ------------------------------------------------------------------------------------
+
+def reports(pattern):
+    """The content of each log that fits a pattern; of a log with several lines the last one."""
+    found = []
+    for path in sorted(HERE.glob(pattern)):
+        text = path.read_text()
+        if path.suffix == ".jsonl":
+            text = text.splitlines()[-1]
+        found.append(json.loads(text))
+    return found
 
 
-def values(path):
-    """What lies at a path, in every log that fits: a JSON file, or the last line of a JSONL file."""
-    file, keys = re.fullmatch(r"(.*?\.jsonl?)/(.*)", path).groups()
-    logs = [(log.suffix, log.read_text()) for log in sorted(HERE.glob(file))]
-    return [find(json.loads(text if suffix == ".json" else text.splitlines()[-1]), keys.split("/"))
-            for suffix, text in logs]
+def lookup(report, keys):
+    """What lies at a path of keys, or None. A key that ends in * is the one that begins so: the title of a
+    table may hold the size of a batch."""
+    for key in keys:
+        if key.endswith("*"):
+            key = next(name for name in report if name.startswith(key[:-1]))
+        if key not in report:
+            return None
+        report = report[key]
+    return report
 
 
-def shown(numbers, digits, kind=""):
-    """A number, or mean ± standard deviation of several."""
-    mean = statistics.mean(numbers)
-    if kind == "M":
-        return f"{mean / 1e6:.{digits}f}"
-    if kind == "g":
-        return f"{mean:,.0f}" if mean >= 10 ** (digits - 1) else f"{mean:.{digits}g}"
-    spread = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
-    return f"{mean:.{digits}f}{spread}"
+def numbers(pattern, *keys):
+    """The number at a path of keys in each report that fits a pattern, one a seed; [] if one lacks it."""
+    found = [lookup(report, keys) for report in reports(pattern)]
+    return [] if None in found else found
 
 
-def cell(path):
-    """The text of a cell from its path and format; empty where a log does not have the number."""
-    path, digits, kind = re.fullmatch(r"(.*):(\d)([gM]?)", path).groups()
-    numbers = values(path)
-    return "" if None in numbers else shown(numbers, int(digits), kind) if numbers else "not run"
+def scores(pattern, *keys):
+    return numbers(pattern, "tables", *keys)
 
 
-def markdown(head, rows):
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+def minus(first, second):
+    """Differences of two lists of numbers, seed by seed."""
+    return [a - b for a, b in zip(first, second)]
 
 
-def described(mark):
-    """The table that a mark describes. A row may contain {column}, a column {row}: hence {column} twice."""
-    path, *lists = re.split(r"\n(?=columns:|rows:)", mark)
-    entries = {}                                                # {"rows" or "columns": [(key, name), ...]}
-    for name, text in (" ".join(text.split()).split(": ", 1) for text in lists):
-        pairs = [entry.split(" => ") for entry in text.split(" | ")]
-        entries[name] = [(pair[0], re.sub(r":\d[gM]?$", "", pair[-1])) for pair in pairs]
-    rows = entries.get("rows") or [(key, key) for key in values(path.split("/{row}")[0])[0]]
-    return markdown(["", *(name for _, name in entries["columns"])], [
-        [name, *(cell(path.replace("{column}", column).replace("{row}", row).replace("{column}", column))
-                 for column, _ in entries["columns"])] for row, name in rows])
+# ---- Cells and lines --------------------------------------------------------------------------------------
+
+def cell(values, digits):
+    """The mean of numbers, with their standard deviation where there are several; empty without any."""
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text
 
 
-def main_table():
-    """Scores of --preset cpu, a row for each model and figure of merit, and what an update costs."""
-    bits = "tables/bits per byte on held-out text{}/{{}}/bits per byte:3"
-    text, alone = "eval.json/" + bits.format(""), "curves.json/tables/best block alone/last/"
-    rows = [("vit", "CIFAR-100: accuracy, % ↑", "eval.json/tables/held-out images/{}/accuracy, %:1",
-             "blocks from z = 0", "blocks (ensemble)", alone + "right, %:1"),
-            ("gpt", "Python sources: bits per byte ↓", text,
-             "blocks (bound)", "blocks (ensemble)", alone + "bits:3"),
-            ("mdm", "Python sources: bits per byte ↓", "ensemble.json/" + bits.format(" (bound)"),
-             "blocks", "mean of the blocks at every t", "block 1 at every t"),
-            ("dit", "CIFAR-10: denoising loss ↓",
-             "eval.json/tables/denoising loss on held-out images/{}/weighted squared error:4", "blocks", "", ""),
-            ("dit", "CIFAR-10: Fréchet distance ↓", "frechet.json/tables/generated images/{}, guidance 1/"
-             "Frechet distance, features of EfficientNet-lite0:0", "blocks", "", ""),
-            ("recurrent", "Python sources, equal time (cannot judge the method): bits per byte ↓", text,
-             "blocks (bound)", "", "block 0 alone")]
+def lines(head, rows):
+    """Lines of markdown; head and rows are lists of cells."""
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
+# ---- The five models at --preset cpu ----------------------------------------------------------------------
+
+BITS = "bits per byte"
+TEXT = "bits per byte on held-out text"
+
+
+def vit_scores(row, column="accuracy, %"):
+    return scores("cpu/seed*/vit/eval.json", "held-out images", row, column)
+
+
+def text_scores(model, row):
+    """Of gpt or recurrent."""
+    return scores(f"cpu/seed*/{model}/eval.json", TEXT, row, BITS)
+
+
+def mdm_scores(row):
+    return scores("cpu/seed*/mdm/compare.json", f"{TEXT} (bound)", row, BITS)
+
+
+def dit_losses(row):
+    return scores("cpu/seed*/dit/eval.json", "denoising loss on held-out images", row, "weighted squared error")
+
+
+def dit_distances(row):
+    return scores("cpu/seed*/dit/frechet.json", "generated images", f"{row}, guidance 1",
+                  "Frechet distance, features of EfficientNet-lite0")
+
+
+def best_block(model, column):
+    """Scores of the best block alone after the last update, one a seed."""
+    curves = scores(f"cpu/seed*/{model}/curves.json", "best block alone")
+    return [list(rows.values())[-1][column] for rows in curves]
+
+
+def peak_share(model, network):
+    """Peak memory of an update, % of the baseline's."""
+    return cell(scores(f"cpu/bench/{model}/memory.json", "of end to end, %", network, "peak"), 0)
+
+
+def time_share(model, network):
+    """Time of an update, % of the baseline's."""
+    return cell(scores(f"cpu/bench/{model}/bench.json", "one update of *", network, "of end to end, %"), 0)
+
+
+CHECKPOINTED = "end to end, activations checkpointed"
+
+
+def main_row(model, task, digits, end_to_end, control, chain, averaged=(), alone=()):
+    values = [cell(found, digits) for found in (end_to_end, control, chain, averaged, alone)]
+    memory = f"{peak_share(model, 'one block')} ({peak_share(model, CHECKPOINTED)})"
+    return [f"`{model}.py`", task, *values, memory, time_share(model, "all blocks")]
+
+
+def main():
+    """Scores and costs, a row for each model and figure of merit."""
     head = ["", "task and figure of merit", "end to end", "control: one block's layers",
             "**blocks, a chain over noise levels**", "**blocks, averaged**", "one block alone",
             "peak memory of a block's update (of end to end, checkpointed), % of end to end",
             "time of an update of all blocks, %"]
-    table = []
-    for model, task, path, *names in rows:
-        paths = [name if ".json" in name else name and path.format(name)
-                 for name in ("end to end", "control", *names)]
-        peaks = [cell(f"cpu/bench/{model}/memory.json/tables/of end to end, %/{part}/peak:0")
-                 for part in ("one block", "end to end, activations checkpointed")]
-        table.append([f"`{model}.py`", task, *(path and cell(f"cpu/seed*/{model}/{path}") for path in paths),
-                      "{} ({})".format(*peaks),
-                      cell(f"cpu/bench/{model}/bench.json/tables/one update of */all blocks/of end to end, %:0")])
-    return markdown(head, table)
+    return lines(head, [
+        main_row("vit", "CIFAR-100: accuracy, % ↑", 1, vit_scores("end to end"), vit_scores("control"),
+                 vit_scores("blocks from z = 0"), vit_scores("blocks (ensemble)"),
+                 best_block("vit", "right, %")),
+        main_row("gpt", "Python sources: bits per byte ↓", 3, text_scores("gpt", "end to end"),
+                 text_scores("gpt", "control"), text_scores("gpt", "blocks (bound)"),
+                 text_scores("gpt", "blocks (ensemble)"), best_block("gpt", "bits")),
+        main_row("mdm", "Python sources: bits per byte ↓", 3, mdm_scores("end to end"), mdm_scores("control"),
+                 mdm_scores("blocks"), mdm_scores("mean of the blocks at every t"),
+                 mdm_scores("block 1 at every t")),
+        main_row("dit", "CIFAR-10: denoising loss ↓", 4, dit_losses("end to end"), dit_losses("control"),
+                 dit_losses("blocks")),
+        main_row("dit", "CIFAR-10: Fréchet distance ↓", 0, dit_distances("end to end"),
+                 dit_distances("control"), dit_distances("blocks")),
+        main_row("recurrent", "Python sources, equal time (cannot judge the method): bits per byte ↓", 3,
+                 text_scores("recurrent", "end to end"), text_scores("recurrent", "control"),
+                 text_scores("recurrent", "blocks (bound)"), (), text_scores("recurrent", "block 0 alone"))])
 
 
-def exchanged(model):
-    """The mean loss of every block on the interval of every block, over the probed levels in it."""
-    curves, spans = values(f"probe/{model}*.json/curve"), values(f"probe/{model}.json/intervals")[0]
-    owner = [min(sum(level <= lo for lo, _ in spans), len(spans) - 1) for level in curves[0]["level"]]
-    nets = {f"block {b}": [c["blocks"][b] for c in curves] for b in range(len(spans))}
-    nets["each on its own"] = [[c["blocks"][b][i] for i, b in enumerate(owner)] for c in curves]
-    columns = {f"{lo:.3g} to {hi:.3g}": [b] for b, (lo, hi) in enumerate(spans)}
-    if model != "gpt":                                          # whose baseline and control see no noise
-        nets |= {name: [c[name] for c in curves] for name in ("baseline", "control")}
-    if model == "mdm":                                          # the mean over all t is the bound
-        columns["0 to 1: the bound, bits per byte"] = [0, 1, 2]
-        middle = values("study/mdm_middle*.jsonl/tables/bits per masked byte")
-        nets["six layers, trained on the middle third alone"] = [list(found.values()) for found in middle]
-    return markdown([curves[0]["unit"], *columns], [
-        [name, *(shown([statistics.mean(v for v, b in zip(loss, owner) if b in blocks) for loss in losses], 3)
-                 for blocks in columns.values())] for name, losses in nets.items()])
+def short_row(model, task, digits, end_to_end, control, blocks):
+    values = [cell(found, digits) for found in (end_to_end, control, blocks)]
+    return [task, *values, f"{peak_share(model, 'one block')} %", f"{time_share(model, 'all blocks')} %"]
 
 
-def filled(match):
-    """The match of a mark and its table, with the table of today."""
-    name, *model = match[2].split(" ")
-    code = {"main": main_table, "exchanged": exchanged}.get(name)
-    return f"{match[1]}{code(*model) if code else described(match[2])}\n{match[3]}"
+def short():
+    """For a first screen: the rows that can judge, with the readout of the blocks that is the default."""
+    head = ["task", "end to end", "control", "**blocks**", "memory of a block's update",
+            "time of an update of all blocks"]
+    return lines(head, [
+        short_row("vit", "`vit`, CIFAR-100: accuracy, % ↑", 1, vit_scores("end to end"), vit_scores("control"),
+                  vit_scores("blocks (ensemble)")),
+        short_row("gpt", "`gpt`, Python sources: bits per byte ↓", 3, text_scores("gpt", "end to end"),
+                  text_scores("gpt", "control"), text_scores("gpt", "blocks (ensemble)")),
+        short_row("mdm", "`mdm`, Python sources: bits per byte ↓", 3, mdm_scores("end to end"),
+                  mdm_scores("control"), mdm_scores("blocks")),
+        short_row("dit", "`dit`, CIFAR-10: denoising loss ↓", 4, dit_losses("end to end"),
+                  dit_losses("control"), dit_losses("blocks")),
+        short_row("dit", "`dit`, CIFAR-10: Fréchet distance ↓", 0, dit_distances("end to end"),
+                  dit_distances("control"), dit_distances("blocks"))])
+
+
+def readout_row(name, accuracy, vit_bits, gpt_bits):
+    return [name, cell(accuracy, 2), cell(vit_bits, 3), cell(gpt_bits, 3)]
+
+
+def evaluated_row(name, row):
+    return readout_row(name, vit_scores(row), vit_scores(row, "bits per label"), text_scores("gpt", row))
+
+
+def compared_row(name, vit_row, gpt_row, seeds):
+    """A row of compare.py."""
+    vit_keys = f"cpu/seed{seeds}/vit/compare.json", "held-out images", vit_row
+    gpt_keys = f"cpu/seed{seeds}/gpt/compare.json", TEXT, gpt_row
+    return readout_row(name, scores(*vit_keys, "accuracy, %"), scores(*vit_keys, "bits per label"),
+                       scores(*gpt_keys, BITS))
+
+
+def difference_row(name, first, second):
+    accuracy = minus(vit_scores(first), vit_scores(second))
+    vit_bits = minus(vit_scores(first, "bits per label"), vit_scores(second, "bits per label"))
+    return readout_row(name, accuracy, vit_bits, minus(text_scores("gpt", first), text_scores("gpt", second)))
+
+
+def readouts():
+    """vit and gpt: the blocks' readouts, and what controls make of the same updates."""
+    average, longer = "blocks (ensemble)", "control, as long as all blocks"
+    return lines(["", "vit: accuracy, %", "vit: bits per label", "gpt: bits per byte"], [
+        evaluated_row("end to end", "end to end"),
+        evaluated_row("control", "control"),
+        compared_row("a control with the updates of all blocks", longer, longer, "*"),
+        compared_row("as many controls as blocks, averaged", "3 controls (ensemble)", "4 controls (ensemble)", 0),
+        evaluated_row("**blocks, averaged**", average),
+        difference_row("blocks, averaged, minus control", average, "control"),
+        difference_row("blocks, averaged, minus end to end", average, "end to end"),
+        evaluated_row("chain from z = 0", "blocks from z = 0"),
+        evaluated_row("chain from noise", "blocks from noise"),
+        evaluated_row("blocks (bound)", "blocks (bound)"),
+        *[evaluated_row(f"block {b} alone", f"block {b} alone") for b in range(4)]])
+
+
+def mdm():
+    """mdm's bound, and the part of it in each third of t."""
+    intervals = {"t 0.667 to 1": "block 0, t 0.667 to 1", "0.333 to 0.667": "block 1, t 0.333 to 0.667",
+                 "0 to 0.333": "block 2, t 0 to 0.333"}
+    names = {"end to end": "end to end", "control": "control", "blocks": "blocks, each on its own interval",
+             "block 0 at every t": "block 0 at every t", "block 1 at every t": "block 1 at every t",
+             "block 2 at every t": "block 2 at every t",
+             "mean of the blocks at every t": "mean of the blocks at every t"}
+    rows = []
+    for row, name in names.items():
+        shares = [scores("cpu/seed*/mdm/compare.json", "the bound by interval, bits per byte", interval, row)
+                  for interval in intervals.values()]
+        rows.append([name, cell(mdm_scores(row), 3), *(cell(share, 3) for share in shares)])
+    return lines(["", "bound", *intervals], rows)
+
+
+def dit():
+    """dit's denoising loss, in all and in each block's interval, and the distance of its images."""
+    rows = []
+    for row in ("end to end", "control", "blocks"):
+        losses = [scores("cpu/seed*/dit/eval.json", "denoising loss by block", f"block {b}", row)
+                  for b in range(3)]
+        rows.append([row, cell(dit_losses(row), 4), *(cell(loss, 4) for loss in losses),
+                     cell(dit_distances(row), 1)])
+    return lines(["", "denoising loss", "interval of block 0", "of block 1", "of block 2", "Fréchet distance"],
+                 rows)
+
+
+MODELS = ("vit", "gpt", "mdm", "dit", "recurrent")
+
+
+def cost():
+    """Memory and time of an update on a CPU, as shares of the baseline's."""
+    head = ["", "peak, end to end, MB", "of a block, %", "of the baseline, checkpointed, %",
+            "of a checkpointed block, %", "update, end to end, ms", "checkpointed, %", "control, %",
+            "all blocks, %", "step of sampling, end to end, ms", "of block 0, %"]
+    rows = []
+    for model in MODELS:
+        log = f"cpu/bench/{model}/bench.json"
+        step = "one step of sampling*"
+        rows.append([
+            model, cell(scores(f"cpu/bench/{model}/memory.json", "memory of one update, MB", "end to end", "peak"), 1),
+            peak_share(model, "one block"), peak_share(model, CHECKPOINTED),
+            peak_share(model, "one block, activations checkpointed"),
+            cell(scores(log, "one update of *", "end to end", "ms"), 0), time_share(model, CHECKPOINTED),
+            time_share(model, "control"), time_share(model, "all blocks"),
+            cell(scores(log, step, "end to end", "ms"), 1),
+            cell(scores(log, step, "block 0", "of end to end, %"), 0)])
+    return lines(head, rows)
+
+
+# ---- On a GPU ---------------------------------------------------------------------------------------------
+
+RECORDED = {"unrecorded": ", not recorded", "recorded": ", recorded"}
+
+
+def update_row(name, log, n_blocks):
+    """Times of check_gpu.py --time."""
+    row = [name]
+    for part in ("end_to_end", "block_0", "control"):
+        for ending in RECORDED.values():
+            row.append(cell(scores(log, "an update", part + ending, "ms"), 1))
+        row.append(cell(scores(log, "an update", part + ", recorded", "kernel time, ms"), 1))
+    for ending in RECORDED.values():
+        whole = scores(log, "an update", "end_to_end" + ending, "ms")[0]
+        block = scores(log, "an update", "block_0" + ending, "ms")[0]
+        row.append(f"{100 * n_blocks * block / whole:.0f}")
+    return row
+
+
+def gpu_updates():
+    """Milliseconds of an update on an H200, recorded as a CUDA graph or not, and of its kernels."""
+    head = ["ms", "end to end, unrecorded", "recorded", "its kernels", "block 0, unrecorded", "recorded",
+            "its kernels", "control, unrecorded", "recorded", "its kernels", "all blocks, unrecorded, %",
+            "recorded, %"]
+    rows = [update_row("vit cifar100", "gpu/update/vit_time.json", 3),
+            update_row("dit cifar10", "gpu/update/dit_time.json", 3),
+            update_row("mdm text8", "gpu/update/mdm_time.json", 3),
+            update_row("gpt cpu, batches of 64", "gpu/update/gpt_time.json", 4)]
+    # in a whole run; block 0 was the first to be compiled, so a block's time is the mean of the other two
+    runs = "gpu/vit_cifar100_29epochs"
+    whole = numbers(f"{runs}/ours/end_to_end.jsonl", "ms")[0]
+    block = statistics.mean(numbers(f"{runs}/ours/block_[12].jsonl", "ms"))
+    control = numbers(f"{runs}/long/control.jsonl", "ms")[0]
+    rows.append(["vit cifar100, mean of a whole run", "", f"{whole:.2f}", "", "", f"{block:.2f}", "", "",
+                 f"{control:.2f}", "", "", f"{100 * 3 * block / whole:.0f}"])
+    return lines(head, rows)
+
+
+def gpu_cifar100():
+    """vit --preset cifar100, 29 of the paper's 500 epochs."""
+    rows = []
+    for name, folder, row, trained, note in (
+            ("end to end, 12 layers", "ours", "end to end", "end to end", ""),
+            ("control, 4 layers", "ours", "control", "control", ""),
+            ("control, 4 layers, the updates of all blocks", "long", "control", "control", ""),
+            ("3 blocks of 4 layers, averaged", "ours", "blocks (ensemble)", "3 blocks", " each"),
+            ("the same, chain from z = 0", "ours", "blocks from z = 0", "", ""),
+            ("3 blocks with the paper's noise and readout, averaged", "paper", "blocks (ensemble)", "3 blocks",
+             " each"),
+            ("the same, chain from z = 0", "paper", "blocks from z = 0", "", ""),
+            ("the same, chain from noise", "paper", "blocks from noise", "", "")):
+        log = f"gpu/vit_cifar100_29epochs/{folder}/eval.json"
+        updates = f"{numbers(log, 'updates', trained)[0]:,}{note}" if trained else ""
+        rows.append([name, updates, cell(scores(log, "held-out images", row, "accuracy, %"), 1),
+                     cell(scores(log, "held-out images", row, "bits per label"), 3)])
+    return lines(["", "updates", "accuracy, %", "bits per label"], rows)
+
+
+def gpu_memory():
+    """Peaks of an update of the paper's presets, on an H200 and, of gpt, on a CPU."""
+    head = ["", "peak, end to end, MB", "one block: weights, gradients, optimizer, %", "peak of a block, %",
+            "of the baseline, checkpointed, %", "of a checkpointed block, %"]
+    rows = []
+    for name, log in (("vit cifar100, B = 3", "gpu/vit_cifar100/memory"),
+                      ("vit tiny-imagenet, B = 2", "gpu/vit_tiny-imagenet/memory"),
+                      ("dit cifar10, B = 3", "gpu/dit_cifar10/memory"),
+                      ("dit imagenet256, B = 3", "gpu/dit_imagenet256/memory"),
+                      ("mdm text8, B = 3", "gpu/mdm_text8/memory"),
+                      ("gpt lm1b, B = 4", "gpu/gpt_lm1b/memory"),
+                      ("the same in float32 on a CPU", "cpu/bench/gpt_lm1b/memory"),
+                      ("the same at 9ec85c7, logits all at once", "cpu/bench/gpt_lm1b/memory_9ec85c7")):
+        row = [name, cell(scores(f"{log}.json", "memory of one update, MB", "end to end", "peak"), 0)]
+        for network, term in (("one block", "weights, gradients, optimizer"), ("one block", "peak"),
+                              (CHECKPOINTED, "peak"), ("one block, activations checkpointed", "peak")):
+            row.append(cell(scores(f"{log}.json", "of end to end, %", network, term), 0))
+        rows.append(row)
+    return lines(head, rows)
+
+
+# ---- Choices ----------------------------------------------------------------------------------------------
+
+def noise():
+    """Another mean and deviation of ln sigma in training."""
+    columns = {"gpt: bound": ("gpt", TEXT, "blocks (bound)", BITS, 3),
+               "averaged": ("gpt", TEXT, "blocks (ensemble)", BITS, 3),
+               "CIFAR-100: averaged, %": ("vit", "held-out images", "blocks (ensemble)", "accuracy, %", 1),
+               "bound, bits": ("vit", "held-out images", "blocks (bound)", "bits per label", 3),
+               "recurrent: bound": ("recurrent", TEXT, "blocks (bound)", BITS, 3),
+               "alone": ("recurrent", TEXT, "block 0 alone", BITS, 3)}
+    names = {"-1.2_1.2": "-1.2, 1.2 (the paper)", "-1.2_1": "-1.2, 1", "-0.3_1.2": "-.3, 1.2",
+             "-0.3_1": "-.3, 1", "0.5_1.2": ".5, 1.2", "0.5_1": ".5, 1", "1.2_1.2": "1.2, 1.2",
+             "1.2_1": "1.2, 1 (default)"}
+    rows = []
+    for file, name in names.items():
+        row = [name]
+        for model, *keys, digits in columns.values():
+            found = scores(f"choices/noise/{model}_{file}.json", *keys)
+            row.append(cell(found, digits) if found else "not run")
+        rows.append(row)
+    return lines(["p_mean, p_std", *columns], rows)
+
+
+def why_scores(pattern, row):
+    return scores(f"choices/why/{pattern}", TEXT, row, BITS)
+
+
+def why():
+    """What stands between gpt's control and its block."""
+    of_blocks = [why_scores("default_seed*.json", f"block {b} alone") for b in range(4)]
+    block = [statistics.mean(seed) for seed in zip(*of_blocks)]
+    quiet = [why_scores("noiseless.json", f"block without noise, {k}")[0] for k in range(4)]
+    return lines(["", "bits per byte"], [
+        ["control", cell(why_scores("default_seed*.json", "control"), 3)],
+        ["control with adaLN", cell(why_scores("adaln_seed*.jsonl", "control"), 3)],
+        ["control with two streams", cell(why_scores("streams_seed*.jsonl", "block 0 alone"), 3)],
+        ["with both: a block without noise (mean of four seeds)", f"{statistics.mean(quiet):.3f}"],
+        ["a block, mean of the four", cell(block, 3)],
+        ["end to end, 8 layers", cell(why_scores("default_seed*.json", "end to end"), 3)],
+        ["4 blocks, averaged", cell(why_scores("default_seed*.json", "blocks (ensemble)"), 3)],
+        ["4 blocks without noise, averaged (seed 0)",
+         cell(why_scores("noiseless.json", "4 blocks without noise (ensemble)"), 3)]])
+
+
+TABLES = {function.__name__: function for function in (
+    main, short, readouts, mdm, dit, cost, gpu_updates, gpu_cifar100, gpu_memory, noise, why)}
+
+
+# ---- Pages ------------------------------------------------------------------------------------------------
+
+def rebuilt(page):
+    """The text of a page with the tables of today."""
+    def replace(match):
+        name = match[1]
+        if name not in TABLES:
+            sys.exit(f"error: {page} asks for a table {name}; there are {', '.join(TABLES)}")
+        return "\n".join([f"<!-- table: {name} -->", *TABLES[name](), "<!-- end -->"])
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, page.read_text(), flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in ([], ["--check"]):
-        sys.exit("error: the only flag is --check")
-    for page in (HERE.parent / "README.md", HERE / "README.md"):
-        before = page.read_text()
-        after = re.sub(r"(<!-- (.*?) -->\n).*?(<!-- end -->)", filled, before, flags=re.S)
-        if "--check" in sys.argv and before != after:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if a table is not of today")
+    check = parser.parse_args().check
+    for page in PAGES:
+        text = rebuilt(page)
+        if check and text != page.read_text():
             sys.exit(f"error: {page} is not what the logs say: python results/table.py")
-        page.write_text(after)
+        page.write_text(text)
