@@ -25,14 +25,19 @@ from common import Parser, UserError, about, begin, learner, run, train, write
 
 TURNS = 4  # how often each part is built and timed
 WARM_UP = 4  # updates before it is timed: what is compiled, and the recording of the update
+SHARED = (("weights", "gradients", "optimizer"), ("activations",), ("peak",))  # terms whose sums are compared
 
 
 # ---- Memory -----------------------------------------------------------------------------------------------
 
 def storages(tensors):
     """{address: bytes} of the storages that tensors lie in, each counted once."""
-    found = [t.untyped_storage() for t in tensors if torch.is_tensor(t)]
-    return {s.data_ptr(): s.nbytes() for s in found}
+    found = {}
+    for t in tensors:
+        if torch.is_tensor(t):
+            storage = t.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
 
 
 def peak_during(function, device):
@@ -46,7 +51,8 @@ def peak_during(function, device):
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as record:
         function()
     events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
 
 
 def memory_of(setup, part, checkpointed=False):
@@ -54,24 +60,51 @@ def memory_of(setup, part, checkpointed=False):
     gc.collect()  # layers that are computed twice refer to themselves
     trained = learner(setup, part, checkpointed)
     net, optimizer = trained.net, trained.optimizer
-    weights, mean = storages([*net.parameters(), *net.buffers()]), {}
+    weights = storages([*net.parameters(), *net.buffers()])
+    mean = {}
     if trained.average is not None:
         mean = storages([*trained.average.parameters(), *trained.average.buffers()])
     saved, gradients = {}, {}
 
-    def pack(t):
-        saved.update({k: v for k, v in storages([t]).items() if k not in weights})
+    def save(t):
+        """Called with each tensor that the forward pass saves for the backward pass."""
+        for address, size in storages([t]).items():
+            if address not in weights:
+                saved[address] = size
         return t
+
+    def before_forward(*_):
+        saved.clear()  # the pieces of a batch do not add up
+
+    def before_step(*_):
+        gradients.update(storages(p.grad for p in net.parameters()))
     train.update(trained)  # in which the optimizer makes its state
-    net.register_forward_pre_hook(lambda *_: saved.clear())  # the pieces of a batch do not add up
-    optimizer.register_step_pre_hook(lambda *_: gradients.update(storages(p.grad for p in net.parameters())))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    net.register_forward_pre_hook(before_forward)
+    optimizer.register_step_pre_hook(before_step)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
         peak = peak_during(lambda: train.update(trained), setup.device)
     moments = storages(t for state in optimizer.state.values() for t in state.values())
     found = {"weights": weights, "gradients": gradients, "optimizer": moments, "running mean": mean,
              "activations": saved}
-    found = {name: sum(sizes.values()) for name, sizes in found.items()}
-    return found | {"peak": found["weights"] + found["optimizer"] + found["running mean"] + peak}
+    sizes = {name: sum(of_storages.values()) for name, of_storages in found.items()}
+    # what was there before the update comes on top
+    sizes["peak"] = sizes["weights"] + sizes["optimizer"] + sizes["running mean"] + peak
+    return sizes
+
+
+def largest_block(setup):
+    """The part with the most parameters among the blocks."""
+    counts = {}
+    with torch.device("meta"):
+        for b in range(setup.config.noise.n_blocks):
+            net = train.build(setup.module, setup.config, f"block_{b}")
+            counts[f"block_{b}"] = sum(p.numel() for p in net.parameters())
+    return max(counts, key=counts.get)
+
+
+def share(row, whole, terms):
+    """The sum of some terms, % of the same of the whole network."""
+    return 100 * sum(row[term] for term in terms) / sum(whole[term] for term in terms)
 
 
 def memory_tables(setup):
@@ -79,19 +112,17 @@ def memory_tables(setup):
     n = min(2, setup.training.accumulate)  # a third piece of the batch would add nothing
     size = setup.training.batch_size // setup.training.accumulate
     few = replace(setup.training, accumulate=n, batch_size=n * size, compile="off")
-    setup = SimpleNamespace(**vars(setup) | {"training": few})
-    with torch.device("meta"):
-        counts = {part: sum(p.numel() for p in train.build(setup.module, setup.config, part).parameters())
-                  for part in (f"block_{b}" for b in range(setup.config.noise.n_blocks))}
-    rows = {name + ", activations checkpointed" * checkpointed: memory_of(setup, part, checkpointed)
-            for name, part in (("end to end", "end_to_end"), ("one block", max(counts, key=counts.get)))
-            for checkpointed in (False, True)}
-    terms = {", ".join(k): k for k in (("weights", "gradients", "optimizer"), ("activations",), ("peak",))}
+    setup = SimpleNamespace(**{**vars(setup), "training": few})
+    rows = {}
+    for name, part in (("end to end", "end_to_end"), ("one block", largest_block(setup))):
+        rows[name] = memory_of(setup, part)
+        rows[f"{name}, activations checkpointed"] = memory_of(setup, part, checkpointed=True)
     whole = rows["end to end"]
-    return {"memory of one update, MB": {name: {k: v / 1e6 for k, v in row.items()}
-                                         for name, row in rows.items()},
-            "of end to end, %": {name: {k: 100 * sum(row[t] for t in ts) / sum(whole[t] for t in ts)
-                                        for k, ts in terms.items()} for name, row in rows.items()}}
+    megabytes, shares = {}, {}
+    for name, row in rows.items():
+        megabytes[name] = {term: size / 1e6 for term, size in row.items()}
+        shares[name] = {", ".join(terms): share(row, whole, terms) for terms in SHARED}
+    return {"memory of one update, MB": megabytes, "of end to end, %": shares}
 
 
 # ---- Time -------------------------------------------------------------------------------------------------
@@ -102,24 +133,46 @@ def sampling_step(model, net, n=16):
     recurrent's baseline has no cache, and of a model of one's own nothing is known."""
     if model not in ("vit", "dit", "gpt", "mdm", "recurrent"):
         return None
-    c, device, block = net.config, next(net.parameters()).device, hasattr(net, "table")
-    length, level = getattr(c, "seq_len", 1), torch.ones(n, device=device)
-    z = torch.randn(n, length, c.n_embd, device=device)
+    c, device = net.config, next(net.parameters()).device
+    is_block = hasattr(net, "table")
+    level = torch.ones(n, device=device)                                     # (N,)
     if model in ("vit", "dit"):
         x = torch.randn(n, c.n_channel, c.image_size, c.image_size, device=device)
         if model == "dit":
             return partial(net.denoise, x, level, level.long())
-        return partial(net.logits, x, z[:, 0], level) if block else partial(net.logits, x)
-    x = torch.zeros(n, length, dtype=torch.long, device=device)
+        if is_block:
+            return partial(net.logits, x, torch.randn(n, c.n_embd, device=device), level)
+        return partial(net.logits, x)
+    x = torch.zeros(n, c.seq_len, dtype=torch.long, device=device)           # (N, T)
     if model == "mdm":
         return partial(net.logits, x, level)
+    z = torch.randn(n, c.seq_len, c.n_embd, device=device)                   # (N, T, C)
+    if model == "gpt" and is_block:
+        return partial(net.logits, x[:, :1], z[:, :1], level, net.context(x))
     if model == "gpt":
-        past = net.context(x) if block else net.logits(x[:, 1:])[1]
-        return partial(net.logits, x[:, :1], *((z[:, :1], level) if block else ()), past)
-    if model == "recurrent" and block:
-        e, past = net.condition(x[:, 1:])
-        last = z[:, :1], level, length - 1, net.logits(e, z[:, 1:], level)[1]
-        return lambda: net.logits(net.condition(x[:, :1], length - 1, past)[0], *last)
+        _, cache = net.logits(x[:, 1:])
+        return partial(net.logits, x[:, :1], cache)
+    if not is_block:
+        return None
+    return recurrent_step(net, x, z, level)
+
+
+def recurrent_step(net, x, z, level):
+    """The same of recurrent's block: prelude, one pass and coda for the last token."""
+    last = x.shape[1] - 1
+    e, past = net.condition(x[:, 1:])
+    _, cache = net.logits(e, z[:, 1:], level)
+
+    def step():
+        e, _ = net.condition(x[:, :1], last, past)
+        return net.logits(e, z[:, :1], level, last, cache)
+    return step
+
+
+def is_view(operator):
+    """Whether what it returns lies in the memory of what it was given, unchanged."""
+    infos = [returned.alias_info for returned in operator._schema.returns]
+    return any(info is not None and not info.is_write for info in infos)
 
 
 class Operators(TorchDispatchMode):
@@ -130,9 +183,9 @@ class Operators(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        alias = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
-        empty = function.overloadpacket.__name__.startswith(("empty", "detach", "alias"))
-        self.count += not (alias or empty)
+        name = function.overloadpacket.__name__
+        if not is_view(function) and not name.startswith(("empty", "detach", "alias")):
+            self.count += 1
         return function(*args, **(kwargs or {}))
 
 

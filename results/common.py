@@ -46,14 +46,16 @@ def begin(argv):
 
 def load(setup):
     """(blocks, baseline, control) in OUT. Raises UserError that says how to train what is missing."""
-    blocks, first = train.assemble(setup.module, setup.model, setup.run.out, setup.device)
-    return blocks, *(train.trained(setup.module, setup.model, part, setup.run.out, setup.device, first)[0]
-                     for part in ("end_to_end", "control"))
+    module, model, out = setup.module, setup.model, setup.run.out
+    blocks, first = train.assemble(module, model, out, setup.device)
+    baseline, _ = train.trained(module, model, "end_to_end", out, setup.device, first)
+    control, _ = train.trained(module, model, "control", out, setup.device, first)
+    return blocks, baseline, control
 
 
-def plain_logits(net, x, *how):
-    """Logits of a baseline or control."""
-    found = net.logits(x, *how)
+def plain_logits(net, x):
+    """Logits of a baseline or control; gpt's come with a cache."""
+    found = net.logits(x)
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -64,17 +66,23 @@ def learner(setup, part, checkpointed=False):
                                    setup.data, setup.device))
 
 
+def machine():
+    """The name of the GPU, or else of the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{os.cpu_count()} cores of {names[0] if names else 'a CPU'}"
+
+
 def about(script, argv):
     """What a measurement rests on."""
     git = subprocess.run("git rev-parse --short HEAD && git status --porcelain -uno ':/*.py'", shell=True,
-                         cwd=HERE, capture_output=True, text=True).stdout.splitlines() or [""]
-    info = Path("/proc/cpuinfo")
-    cpu = re.findall("model name\\s*: (.*)", info.read_text() if info.exists() else "") or ["a CPU"]
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return {"command": shlex.join(["python", f"results/{script}.py", *argv]), "commit": git[0],
-            "changed": len(git) > 1, "date": date.today().isoformat(), "torch": str(torch.__version__),
-            "python": sys.version.split()[0], "threads": torch.get_num_threads(),
-            "machine": gpu or f"{os.cpu_count()} cores of {cpu[0]}"}
+                         cwd=HERE, capture_output=True, text=True)
+    commit, *changed = git.stdout.splitlines() or [""]
+    return {"command": shlex.join(["python", f"results/{script}.py", *argv]), "commit": commit,
+            "changed": bool(changed), "date": date.today().isoformat(), "torch": str(torch.__version__),
+            "python": sys.version.split()[0], "threads": torch.get_num_threads(), "machine": machine()}
 
 
 def write(path, report):
