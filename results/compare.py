@@ -28,7 +28,7 @@ import torch.nn as nn
 
 from common import Parser, UserError, about, begin, plain_logits, run, train, write  # first: it sets the path
 import gpt
-from diffusion_blocks import cross_entropy, ensemble, seed_of
+from diffusion_blocks import average, cross_entropy, seed_of
 
 
 # ---- Guesses: functions that give log-probabilities of the targets of x -----------------------------------
@@ -46,7 +46,7 @@ def log_p_of_block(net, b, x):
 
     def logits(_, z, sigma):
         return net.logits(x, z, sigma, *context)
-    return ensemble(logits, shape, net.table, net.noise, [b])
+    return average(logits, shape, net.table, net.noise, [b])
 
 
 def mean_of(guesses):
@@ -122,18 +122,18 @@ def label_tables(setup):
     guesses = {row: partial(log_p_of_net, net) for row, net in single_networks(setup).items()}
     controls = networks(setup, "control", [out, *sorted(out.glob("control[0-9]*"))])
     if len(controls) > 1:
-        guesses[f"{len(controls)} controls (ensemble)"] = mean_of([partial(log_p_of_net, c) for c in controls])
+        guesses[f"{len(controls)} controls, averaged"] = mean_of([partial(log_p_of_net, c) for c in controls])
     alone = [partial(log_p_of_block, net, b) for b, net in enumerate(blocks_in(setup, out))]
     for b, guess in enumerate(alone):
         guesses[f"block {b} alone"] = guess
     if alone:
-        guesses["blocks (ensemble)"] = mean_of(alone)
+        guesses["blocks, averaged"] = mean_of(alone)
     quiet = networks(setup, "block_0", sorted(out.glob("noiseless*")), same_settings=False)
     noiseless = [partial(log_p_of_block, net, 0) for net in quiet]
     for k, guess in enumerate(noiseless):
         guesses[f"block without noise, {k}"] = guess
     if noiseless:
-        guesses[f"{len(noiseless)} blocks without noise (ensemble)"] = mean_of(noiseless)
+        guesses[f"{len(noiseless)} blocks without noise, averaged"] = mean_of(noiseless)
     if not guesses:
         raise UserError(f"nothing of {setup.model} is trained in {setup.run.out}")
     held_out = HeldOut(setup)
@@ -150,13 +150,13 @@ class MeanOfMasked(nn.Module):
     def __init__(self, blocks):
         super().__init__()
         self.blocks = blocks
-        self.noise = blocks[0].noise
+        self.config, self.noise, self.mask_id = blocks[0].config, blocks[0].noise, blocks[0].mask_id
 
     def masked_nats(self, z, t, y):
         """Cross-entropy (B,) of y (B, T), summed over the masked places of z (B, T), at times t (B,)."""
         total = sum(block.logits(z, t).log_softmax(-1) for block in self.blocks)
         log_p = (total / len(self.blocks)).log_softmax(-1)                   # (B, T, V)
-        masked = z == self.noise.mask_id                                     # (B, T)
+        masked = z == self.mask_id                                           # (B, T)
         return (cross_entropy(log_p, y) * masked).sum(1)
 
 

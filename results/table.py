@@ -16,6 +16,11 @@ PAGES = (HERE.parent / "README.md", HERE / "README.md")
 
 # ---- Numbers from logs ------------------------------------------------------------------------------------
 
+# how logs from before commit f4c34a8 call what was scored
+OLD_NAMES = {" (ensemble)": ", averaged", "blocks (bound)": "blocks, bound",
+             "blocks from z = 0": "blocks, chain from z = 0", "blocks from noise": "blocks, chain from noise"}
+
+
 def reports(pattern):
     """The content of each log that fits a pattern; of a log with several lines the last one."""
     found = []
@@ -23,6 +28,8 @@ def reports(pattern):
         text = path.read_text()
         if path.suffix == ".jsonl":
             text = text.splitlines()[-1]
+        for old, new in OLD_NAMES.items():
+            text = text.replace(old, new)
         found.append(json.loads(text))
     return found
 
@@ -99,6 +106,21 @@ def dit_distances(row):
                   "Frechet distance, features of EfficientNet-lite0")
 
 
+LONGER = "control, as long as all blocks"
+
+
+def longer_scores(model):
+    """Scores of a control with as many updates as all blocks together."""
+    if model == "vit":
+        return scores("cpu/seed*/vit/compare.json", "held-out images", LONGER, "accuracy, %")
+    if model == "gpt":
+        return scores("cpu/seed*/gpt/compare.json", TEXT, LONGER, BITS)
+    if model == "mdm":
+        return scores("cpu/seed*/mdm/long_scores.json", f"{TEXT} (bound)", LONGER, BITS)
+    return scores("cpu/seed*/dit/long_scores.json", "denoising loss on held-out images", LONGER,
+                  "weighted squared error")
+
+
 def best_block(model, column):
     """Scores of the best block alone after the last update, one a seed."""
     curves = scores(f"cpu/seed*/{model}/curves.json", "best block alone")
@@ -118,8 +140,8 @@ def time_share(model, network):
 CHECKPOINTED = "end to end, activations checkpointed"
 
 
-def main_row(model, task, digits, end_to_end, control, chain, averaged=(), alone=()):
-    values = [cell(found, digits) for found in (end_to_end, control, chain, averaged, alone)]
+def main_row(model, task, digits, end_to_end, control, longer, chain, averaged=(), alone=()):
+    values = [cell(found, digits) for found in (end_to_end, control, longer, chain, averaged, alone)]
     memory = f"{peak_share(model, 'one block')} ({peak_share(model, CHECKPOINTED)})"
     return [f"`{model}.py`", task, *values, memory, time_share(model, "all blocks")]
 
@@ -127,48 +149,49 @@ def main_row(model, task, digits, end_to_end, control, chain, averaged=(), alone
 def main():
     """Scores and costs, a row for each model and figure of merit."""
     head = ["", "task and figure of merit", "end to end", "control: one block's layers",
-            "**blocks, a chain over noise levels**", "**blocks, averaged**", "one block alone",
+            "control with the updates of all blocks", "**blocks, chain**", "**blocks, averaged**", "one block alone",
             "peak memory of a block's update (of end to end, checkpointed), % of end to end",
             "time of an update of all blocks, %"]
+    text = "Python sources: bits per byte ↓"
     return lines(head, [
         main_row("vit", "CIFAR-100: accuracy, % ↑", 1, vit_scores("end to end"), vit_scores("control"),
-                 vit_scores("blocks from z = 0"), vit_scores("blocks (ensemble)"),
+                 longer_scores("vit"), vit_scores("blocks, chain from z = 0"), vit_scores("blocks, averaged"),
                  best_block("vit", "right, %")),
-        main_row("gpt", "Python sources: bits per byte ↓", 3, text_scores("gpt", "end to end"),
-                 text_scores("gpt", "control"), text_scores("gpt", "blocks (bound)"),
-                 text_scores("gpt", "blocks (ensemble)"), best_block("gpt", "bits")),
-        main_row("mdm", "Python sources: bits per byte ↓", 3, mdm_scores("end to end"), mdm_scores("control"),
+        main_row("gpt", text, 3, text_scores("gpt", "end to end"), text_scores("gpt", "control"),
+                 longer_scores("gpt"), text_scores("gpt", "blocks, bound"), text_scores("gpt", "blocks, averaged"),
+                 best_block("gpt", "bits")),
+        main_row("mdm", text, 3, mdm_scores("end to end"), mdm_scores("control"), longer_scores("mdm"),
                  mdm_scores("blocks"), mdm_scores("mean of the blocks at every t"),
                  mdm_scores("block 1 at every t")),
         main_row("dit", "CIFAR-10: denoising loss ↓", 4, dit_losses("end to end"), dit_losses("control"),
-                 dit_losses("blocks")),
+                 longer_scores("dit"), dit_losses("blocks")),
         main_row("dit", "CIFAR-10: Fréchet distance ↓", 0, dit_distances("end to end"),
-                 dit_distances("control"), dit_distances("blocks")),
-        main_row("recurrent", "Python sources, equal time (cannot judge the method): bits per byte ↓", 3,
-                 text_scores("recurrent", "end to end"), text_scores("recurrent", "control"),
-                 text_scores("recurrent", "blocks (bound)"), (), text_scores("recurrent", "block 0 alone"))])
+                 dit_distances("control"), (), dit_distances("blocks")),
+        main_row("recurrent", f"equal time (cannot judge the method): {text}", 3,
+                 text_scores("recurrent", "end to end"), text_scores("recurrent", "control"), (),
+                 text_scores("recurrent", "blocks, bound"), (), text_scores("recurrent", "block 0 alone"))])
 
 
-def short_row(model, task, digits, end_to_end, control, blocks):
-    values = [cell(found, digits) for found in (end_to_end, control, blocks)]
+def short_row(model, task, digits, end_to_end, control, longer, blocks):
+    values = [cell(found, digits) for found in (end_to_end, control, longer, blocks)]
     return [task, *values, f"{peak_share(model, 'one block')} %", f"{time_share(model, 'all blocks')} %"]
 
 
 def short():
     """For a first screen: the rows that can judge, with the readout of the blocks that is the default."""
-    head = ["task", "end to end", "control", "**blocks**", "memory of a block's update",
-            "time of an update of all blocks"]
+    head = ["`--preset cpu`", "end to end", "control", "control, compute of all blocks", "**blocks**",
+            "memory of a block's update, of end to end", "time of all blocks' updates"]
     return lines(head, [
         short_row("vit", "`vit`, CIFAR-100: accuracy, % ↑", 1, vit_scores("end to end"), vit_scores("control"),
-                  vit_scores("blocks (ensemble)")),
+                  longer_scores("vit"), vit_scores("blocks, averaged")),
         short_row("gpt", "`gpt`, Python sources: bits per byte ↓", 3, text_scores("gpt", "end to end"),
-                  text_scores("gpt", "control"), text_scores("gpt", "blocks (ensemble)")),
+                  text_scores("gpt", "control"), longer_scores("gpt"), text_scores("gpt", "blocks, averaged")),
         short_row("mdm", "`mdm`, Python sources: bits per byte ↓", 3, mdm_scores("end to end"),
-                  mdm_scores("control"), mdm_scores("blocks")),
+                  mdm_scores("control"), longer_scores("mdm"), mdm_scores("blocks")),
         short_row("dit", "`dit`, CIFAR-10: denoising loss ↓", 4, dit_losses("end to end"),
-                  dit_losses("control"), dit_losses("blocks")),
+                  dit_losses("control"), longer_scores("dit"), dit_losses("blocks")),
         short_row("dit", "`dit`, CIFAR-10: Fréchet distance ↓", 0, dit_distances("end to end"),
-                  dit_distances("control"), dit_distances("blocks"))])
+                  dit_distances("control"), (), dit_distances("blocks"))])
 
 
 def readout_row(name, accuracy, vit_bits, gpt_bits):
@@ -195,18 +218,18 @@ def difference_row(name, first, second):
 
 def readouts():
     """vit and gpt: the blocks' readouts, and what controls make of the same updates."""
-    average, longer = "blocks (ensemble)", "control, as long as all blocks"
+    average = "blocks, averaged"
     return lines(["", "vit: accuracy, %", "vit: bits per label", "gpt: bits per byte"], [
         evaluated_row("end to end", "end to end"),
         evaluated_row("control", "control"),
-        compared_row("a control with the updates of all blocks", longer, longer, "*"),
-        compared_row("as many controls as blocks, averaged", "3 controls (ensemble)", "4 controls (ensemble)", 0),
+        compared_row("a control with the updates of all blocks", LONGER, LONGER, "*"),
+        compared_row("as many controls as blocks, averaged", "3 controls, averaged", "4 controls, averaged", 0),
         evaluated_row("**blocks, averaged**", average),
         difference_row("blocks, averaged, minus control", average, "control"),
         difference_row("blocks, averaged, minus end to end", average, "end to end"),
-        evaluated_row("chain from z = 0", "blocks from z = 0"),
-        evaluated_row("chain from noise", "blocks from noise"),
-        evaluated_row("blocks (bound)", "blocks (bound)"),
+        evaluated_row("chain from z = 0", "blocks, chain from z = 0"),
+        evaluated_row("chain from noise", "blocks, chain from noise"),
+        evaluated_row("blocks, bound", "blocks, bound"),
         *[evaluated_row(f"block {b} alone", f"block {b} alone") for b in range(4)]])
 
 
@@ -223,6 +246,10 @@ def mdm():
         shares = [scores("cpu/seed*/mdm/compare.json", "the bound by interval, bits per byte", interval, row)
                   for interval in intervals.values()]
         rows.append([name, cell(mdm_scores(row), 3), *(cell(share, 3) for share in shares)])
+    shares = [scores("cpu/seed*/mdm/long_scores.json", "the bound by interval, bits per byte", interval, LONGER)
+              for interval in intervals.values()]
+    rows.insert(2, ["control with the updates of all blocks", cell(longer_scores("mdm"), 3),
+                    *(cell(share, 3) for share in shares)])
     return lines(["", "bound", *intervals], rows)
 
 
@@ -234,6 +261,10 @@ def dit():
                   for b in range(3)]
         rows.append([row, cell(dit_losses(row), 4), *(cell(loss, 4) for loss in losses),
                      cell(dit_distances(row), 1)])
+    losses = [scores("cpu/seed*/dit/long_scores.json", "denoising loss by block", f"block {b}", LONGER)
+              for b in range(3)]
+    rows.insert(2, ["control with the updates of all blocks", cell(longer_scores("dit"), 4),
+                    *(cell(loss, 4) for loss in losses), ""])
     return lines(["", "denoising loss", "interval of block 0", "of block 1", "of block 2", "Fréchet distance"],
                  rows)
 
@@ -306,12 +337,12 @@ def gpu_cifar100():
             ("end to end, 12 layers", "ours", "end to end", "end to end", ""),
             ("control, 4 layers", "ours", "control", "control", ""),
             ("control, 4 layers, the updates of all blocks", "long", "control", "control", ""),
-            ("3 blocks of 4 layers, averaged", "ours", "blocks (ensemble)", "3 blocks", " each"),
-            ("the same, chain from z = 0", "ours", "blocks from z = 0", "", ""),
-            ("3 blocks with the paper's noise and readout, averaged", "paper", "blocks (ensemble)", "3 blocks",
+            ("3 blocks of 4 layers, averaged", "ours", "blocks, averaged", "3 blocks", " each"),
+            ("the same, chain from z = 0", "ours", "blocks, chain from z = 0", "", ""),
+            ("3 blocks with the paper's noise and readout, averaged", "paper", "blocks, averaged", "3 blocks",
              " each"),
-            ("the same, chain from z = 0", "paper", "blocks from z = 0", "", ""),
-            ("the same, chain from noise", "paper", "blocks from noise", "", "")):
+            ("the same, chain from z = 0", "paper", "blocks, chain from z = 0", "", ""),
+            ("the same, chain from noise", "paper", "blocks, chain from noise", "", "")):
         log = f"gpu/vit_cifar100_29epochs/{folder}/eval.json"
         updates = f"{numbers(log, 'updates', trained)[0]:,}{note}" if trained else ""
         rows.append([name, updates, cell(scores(log, "held-out images", row, "accuracy, %"), 1),
@@ -344,11 +375,11 @@ def gpu_memory():
 
 def noise():
     """Another mean and deviation of ln sigma in training."""
-    columns = {"gpt: bound": ("gpt", TEXT, "blocks (bound)", BITS, 3),
-               "averaged": ("gpt", TEXT, "blocks (ensemble)", BITS, 3),
-               "CIFAR-100: averaged, %": ("vit", "held-out images", "blocks (ensemble)", "accuracy, %", 1),
-               "bound, bits": ("vit", "held-out images", "blocks (bound)", "bits per label", 3),
-               "recurrent: bound": ("recurrent", TEXT, "blocks (bound)", BITS, 3),
+    columns = {"gpt: bound": ("gpt", TEXT, "blocks, bound", BITS, 3),
+               "averaged": ("gpt", TEXT, "blocks, averaged", BITS, 3),
+               "CIFAR-100: averaged, %": ("vit", "held-out images", "blocks, averaged", "accuracy, %", 1),
+               "bound, bits": ("vit", "held-out images", "blocks, bound", "bits per label", 3),
+               "recurrent: bound": ("recurrent", TEXT, "blocks, bound", BITS, 3),
                "alone": ("recurrent", TEXT, "block 0 alone", BITS, 3)}
     names = {"-1.2_1.2": "-1.2, 1.2 (the paper)", "-1.2_1": "-1.2, 1", "-0.3_1.2": "-.3, 1.2",
              "-0.3_1": "-.3, 1", "0.5_1.2": ".5, 1.2", "0.5_1": ".5, 1", "1.2_1.2": "1.2, 1.2",
@@ -379,9 +410,9 @@ def why():
         ["with both: a block without noise (mean of four seeds)", f"{statistics.mean(quiet):.3f}"],
         ["a block, mean of the four", cell(block, 3)],
         ["end to end, 8 layers", cell(why_scores("default_seed*.json", "end to end"), 3)],
-        ["4 blocks, averaged", cell(why_scores("default_seed*.json", "blocks (ensemble)"), 3)],
+        ["4 blocks, averaged", cell(why_scores("default_seed*.json", "blocks, averaged"), 3)],
         ["4 blocks without noise, averaged (seed 0)",
-         cell(why_scores("noiseless.json", "4 blocks without noise (ensemble)"), 3)]])
+         cell(why_scores("noiseless.json", "4 blocks without noise, averaged"), 3)]])
 
 
 TABLES = {function.__name__: function for function in (
