@@ -720,12 +720,24 @@ def test_the_denoising_loss_is_that_of_the_owner_of_each_level():
 
 SMALL_TEXT = "--n-layer=2 --n-blocks=2 --n-head=2 --n-embd=16 --seq-len=16"
 SMALL_IMAGE = "--n-layer=2 --n-blocks=2 --n-head=2 --n-embd=16 --n-mlp=32 --dropout=.1"
-SMALL = {"gpt": SMALL_TEXT, "mdm": SMALL_TEXT + " --ema=.9", "dit": SMALL_IMAGE + " --ema=.9",
-         "vit": SMALL_IMAGE + " --augment=crop,flip,rand",
-         "recurrent": "--n-prelude=1 --n-core=1 --n-coda=1 --n-head=2 --n-embd=16 --seq-len=16 "
-                      "--mean-passes=3 --grad-passes=2 --readout=edm"}
-SAMPLE = {"mdm": ["--prompt=a<gap:6>b", "--n-moves=3"], "gpt": ["--n-tokens=3"],
-          "recurrent": ["--n-tokens=2", "--n-passes=3"], "dit": ["--n-images=1", "--euler-steps=3"]}
+SMALL_RECURRENT = "--n-prelude=1 --n-core=1 --n-coda=1 --n-head=2 --n-embd=16 --seq-len=16"
+SMALL = {
+    "gpt": SMALL_TEXT,
+    "mdm": f"{SMALL_TEXT} --ema=.9",
+    "dit": f"{SMALL_IMAGE} --ema=.9",
+    "vit": f"{SMALL_IMAGE} --augment=crop,flip,rand",
+    "recurrent": f"{SMALL_RECURRENT} --mean-passes=3 --grad-passes=2 --readout=edm",
+}
+SAMPLE = {
+    "gpt": ["--n-tokens=3"],
+    "mdm": ["--prompt=a<gap:6>b", "--n-moves=3"],
+    "dit": ["--n-images=1", "--euler-steps=3"],
+    "vit": [],
+    "recurrent": ["--n-tokens=2", "--n-passes=3"],
+}
+PARTS = ("--block=all", "--end-to-end", "--control")
+
+# train.py as a user starts it, but on the data that is prepared already: child.py DATA_DIR flags
 CHILD = """import pathlib, runpy, sys
 import data
 data.DATA_DIR = pathlib.Path(sys.argv.pop(1))
@@ -739,7 +751,7 @@ def place(tmp_path_factory):
     """A folder with a text, prepared data, and a script that starts train.py on that data."""
     folder = tmp_path_factory.mktemp("training")
     (folder / "data").mkdir()
-    lines = (f"line {i}: the quick brown fox has number {i * i % 97}\n" for i in range(400))
+    lines = [f"line {i}: the quick brown fox has number {i * i % 97}\n" for i in range(400)]
     (folder / "text.txt").write_text("".join(lines))
     (folder / "child.py").write_text(CHILD.format(train=str(HERE / "train.py")))
     return folder
@@ -749,210 +761,1388 @@ def place(tmp_path_factory):
 def flags(place):
     """flags(model, more...) is a command line that trains a model as small as it gets for four updates."""
     def small(model, *more):
-        source = [] if model in ("vit", "dit") else [f"--data={place}/text.txt"]
-        return [f"--model={model}", *SMALL[model].split(), *source, "--threads=1", "--batch-size=4",
-                "--steps=4", "--log-every=2", "--save-every=2", *map(str, more)]
+        args = [f"--model={model}", *SMALL[model].split()]
+        if model not in ("vit", "dit"):
+            args.append(f"--data={place}/text.txt")
+        args += ["--threads=1", "--batch-size=4", "--steps=4", "--log-every=2", "--save-every=2"]
+        return [*args, *more]
     return small
 
 
-def untimed_log(path):
-    """The log in a checkpoint, without milliseconds."""
-    log = torch.load(path, weights_only=True)["log"]
-    return [{name: value for name, value in row.items() if name != "ms"} for row in log]
+def train_all_parts(args):
+    for part in PARTS:
+        train.main([*args, part])
 
 
-def weights(path):
-    """The bits of the weights in a checkpoint, and of their running mean."""
-    state = torch.load(path, weights_only=True)
-    nets = [state["net"], state["average"] or {}]
-    return [{k: v.numpy().tobytes() for k, v in net.items()} for net in nets]
+def jobs_of(monkeypatch, args):
+    """What train.main would train, without training it."""
+    jobs = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", jobs.append)
+        train.main(args)
+    return jobs
 
 
-def started(place, *args, before=()):
-    """train.py in a process of its own, which is killed if it has not ended after two minutes."""
-    child = subprocess.Popen([sys.executable, *before, str(place / "child.py"), str(place / "data"), *args],
-                             cwd=HERE, env=os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
-                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def cut(monkeypatch, args):
+    """Train, and end after the first checkpoint as if killed."""
+    save = train.save
+
+    def save_and_end(path, content):
+        save(path, content)
+        if path.suffix == ".pt":
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save", save_and_end)
+        train.main(args)
+
+
+def started(args, env=None, folder=HERE):
+    """Python in a process of its own, which is killed if it has not ended after two minutes."""
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", **(env or {})}
+    child = subprocess.Popen([sys.executable, *args], cwd=folder, env=env, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     timer = threading.Timer(120, child.kill)
     timer.daemon = True
     timer.start()
     return child
 
 
-def cut(monkeypatch, args):
-    """Train, and end after the first checkpoint as if killed."""
-    real = train.save
+def child_args(place, args):
+    """The arguments that make Python run train.py with these flags."""
+    return [str(place / "child.py"), str(place / "data"), *args]
 
-    def save(path, content):
-        real(path, content)
+
+def bits(net):
+    """{name: bytes} of a network's weights."""
+    return {name: weight.numpy().tobytes() for name, weight in net.items()}
+
+
+def weights(path):
+    """The bits of the weights in a checkpoint, and of their running mean."""
+    state = torch.load(path, weights_only=True)
+    return bits(state["net"]), bits(state["average"] or {})
+
+
+def untimed(rows):
+    """Rows of a log, without milliseconds."""
+    return [{name: value for name, value in row.items() if name != "ms"} for row in rows]
+
+
+def untimed_log(path):
+    """The log in a checkpoint, without milliseconds."""
+    return untimed(torch.load(path, weights_only=True)["log"])
+
+
+def log_of(path):
+    """The rows of the log beside a checkpoint."""
+    lines = path.with_suffix(".jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def report_of(folder):
+    """What --eval saved."""
+    return json.loads((folder / "eval.json").read_text())
+
+
+CPU = torch.device("cpu")
+FIVE_ROWS = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))  # held out; cut into 2, 2 and 1
+
+
+class Toy(nn.Module):
+    """A network with a matrix, an embedding, a norm and a bias, whose loss is large enough to be clipped."""
+
+    def __init__(self, config=None, b=0):
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.norm = nn.RMSNorm(4)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, batch):                                   # batch (n, 4)
+        token = batch[:, 0].abs().long() % 5                    # (n,)
+        h = self.linear(self.norm(self.embed(token)))           # (n, 3)
+        return ((h - batch[:, 1:]) ** 2).mean() * 3
+
+
+def toy_job(out, net=Toy, run=None, **training):
+    """A Job that trains a Toy on random rows, six in an update, and validates it on FIVE_ROWS."""
+    no_settings = mlp.Sampling()
+    module = SimpleNamespace(Config=mlp.Sampling, Block=net)
+    source = SimpleNamespace(
+        settings=no_settings,
+        about={"fingerprint": ""},
+        batch=lambda n, config, index: torch.randn(n, 4),
+        held_out=lambda n, config: FIVE_ROWS)
+    training = train.Training(batch_size=6, **training)
+    run = train.Run(out=str(out), **(run or {}))
+    return train.Job("toy", module, "block_0", no_settings, training, run, source, CPU)
+
+
+# -- one update, written out
+
+def gradients_of(state, batch):
+    """{name: gradient} of a Toy with these weights, on one batch."""
+    net = Toy()
+    net.load_state_dict(state)
+    net(batch).backward()
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+def norm_of(gradients):
+    return math.sqrt(sum((g ** 2).sum().item() for g in gradients.values()))
+
+
+def test_updates_are_those_of_adamw_written_out(tmp_path):
+    # arrange: five updates of two warm-up steps and a cosine, each of three pieces of two rows
+    job = toy_job(tmp_path, run=dict(save_every=99, log_every=99), steps=5, accumulate=3, lr=.02, beta2=.9,
+                  weight_decay=.3, warmup=2, final_lr=.1, clip=10.0)
+    batches, indices = [], []
+
+    def batch(n, config, index):
+        indices.append(index)
+        batches.append(3 * torch.randn(n, 4))
+        return batches[-1]
+    job.data.batch = batch
+    torch.manual_seed(train.seed_of(0, "block_0 weights"))
+    weight = {name: p.detach() for name, p in Toy().named_parameters()}
+
+    # act
+    train.train(job)
+
+    # check: the same by hand, with the mean over all six rows at once
+    trained = torch.load(job.path, weights_only=True)["net"]
+    lrs = [.01, .02, .02, .02 * (.1 + .9 * .75), .02 * (.1 + .9 * .25)]
+    m = {name: torch.zeros_like(w) for name, w in weight.items()}
+    v = {name: torch.zeros_like(w) for name, w in weight.items()}
+    norms = []
+    for t, lr in enumerate(lrs, 1):
+        gradients = gradients_of(weight, torch.cat(batches[3 * t - 3:3 * t]))
+        norms.append(norm_of(gradients))
+        for name, g in gradients.items():
+            g = g * min(1, 10 / norms[-1])
+            m[name] = .9 * m[name] + .1 * g
+            v[name] = .9 * v[name] + .1 * g ** 2
+            m_hat = m[name] / (1 - .9 ** t)
+            v_hat = v[name] / (1 - .9 ** t)
+            decay = .3 if name in ("embed.weight", "linear.weight") else 0
+            weight[name] = weight[name] * (1 - lr * decay) - lr * m_hat / (v_hat.sqrt() + 1e-8)
+    assert indices == list(range(15))
+    assert min(norms) < 10 < max(norms)  # some are clipped, some are not
+    for name, w in weight.items():
+        torch.testing.assert_close(trained[name], w, rtol=1e-4, atol=1e-6)
+
+
+# -- the running mean, validation, log lines
+
+def test_the_running_mean_is_carried_with_a_decay_that_warms_up(tmp_path):
+    learner = train.Learner(toy_job(tmp_path, ema=.3, lr=.1, warmup=0, steps=5, accumulate=2))
+    mean = copy.deepcopy(learner.net.state_dict())
+
+    for decay in (2 / 11, 3 / 12, .3, .3, .3):  # (1 + t) / (10 + t), but at most .3
+        train.update(learner)
+        for name, weight in learner.net.state_dict().items():
+            mean[name] = decay * mean[name] + (1 - decay) * weight
+
+    for name, weight in learner.average.state_dict().items():
+        torch.testing.assert_close(weight, mean[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_running_mean_is_what_is_validated_saved_and_scored(tmp_path):
+    job = toy_job(tmp_path, ema=.5, lr=.1, warmup=0, steps=5)
+    train.train(job)
+
+    state = train.load(job.path, "toy")
+    mean, last = Toy(), Toy()
+    mean.load_state_dict(state["average"])
+    last.load_state_dict(state["net"])
+    logged = state["log"][-1]["val_loss"]
+    assert logged == pytest.approx(mean(FIVE_ROWS).item(), rel=1e-5)
+    assert logged != pytest.approx(last(FIVE_ROWS).item(), rel=1e-3)
+    scored, _ = train.trained(job.module, "toy", "block_0", tmp_path, CPU)
+    assert scored(FIVE_ROWS).item() == mean(FIVE_ROWS).item()
+
+
+class Mean(nn.Module):
+    """Its loss is the mean of what it is given, or of the product of two columns."""
+
+    def forward(self, batch):
+        if torch.is_tensor(batch):
+            return batch.mean()
+        first, second = batch
+        return (first * second).mean()
+
+
+@pytest.mark.parametrize("n", range(1, 10))
+def test_the_validation_loss_is_the_mean_over_rows_however_they_are_cut(n):
+    rows = torch.arange(n).float() ** 2
+    assert train.validate(Mean(), rows) == pytest.approx(rows.mean().item())
+    assert train.validate(Mean(), (rows, rows)) == pytest.approx((rows ** 2).mean().item())
+
+
+class Noise(nn.Module):
+    """Its loss is noise below 1, and a thousand, which dropout would change."""
+
+    def __init__(self, config=None, b=0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2))
+        self.dropout = nn.Dropout(.5)
+
+    def forward(self, batch):
+        thousand = 1e3 * self.dropout(torch.ones(99)).mean()
+        return thousand + torch.rand(()) + 0 * self.weight.sum()
+
+
+def test_validation_is_without_dropout_and_with_the_same_noise_at_every_line(tmp_path):
+    job = toy_job(tmp_path, Noise, dict(log_every=1), steps=4)
+    train.train(job)
+
+    rows = log_of(job.path)
+    assert len({row["loss"] for row in rows}) == 4
+    assert len({row["val_loss"] for row in rows}) == 1
+    assert 1e3 <= rows[0]["val_loss"] < 1e3 + 1
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_validation_leaves_the_mode_of_a_network_as_it_was_and_makes_no_gradient(mode):
+    net = Noise().train(mode)
+    losses = [train.validate(net, FIVE_ROWS) for _ in range(2)]
+    assert losses[0] == losses[1]
+    assert 1e3 <= losses[0] < 1e3 + 1
+    assert net.training == net.dropout.training == mode
+    assert net.weight.grad is None
+
+
+@pytest.mark.parametrize("log_every, save_every, lines, checkpoints", [
+    (3, 4, [3, 6, 7], [4, 7]),
+    (1, 9, [1, 2, 3, 4, 5, 6, 7], [7]),
+    (0, 0, [7], [7])])
+def test_lines_and_checkpoints_come_when_asked_with_the_mean_loss_since_the_line_before(
+        log_every, save_every, lines, checkpoints, tmp_path, monkeypatch, capsys):
+    # arrange: a Toy that notes each training loss, and a `save` that notes each checkpoint
+    losses, saved = [], []
+    save = train.save
+
+    class NotesLosses(Toy):
+        def forward(self, batch):
+            loss = super().forward(batch)
+            if self.training:
+                losses.append(loss.item())
+            return loss
+
+    def save_and_note(path, content):
         if path.suffix == ".pt":
-            raise KeyboardInterrupt
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save", save)
-        train.main(args)
+            saved.append(content["step"])
+        save(path, content)
+    monkeypatch.setattr(train, "save", save_and_note)
+    run = dict(log_every=log_every, save_every=save_every)
+    job = toy_job(tmp_path, NotesLosses, run, steps=7, accumulate=2, lr=.02, warmup=2, final_lr=.1)
+
+    # act
+    train.train(job)
+
+    # check
+    printed, rows = capsys.readouterr().out, log_of(job.path)
+    assert [row["step"] for row in rows] == lines
+    assert saved == checkpoints
+    assert train.load(job.path, "toy")["log"] == rows
+    assert printed.count("| step ") == len(rows)
+    of_update = np.reshape(losses, (7, 2)).mean(1)  # two pieces an update
+    cosine = [1 + math.cos(math.pi * i / 5) for i in range(5)]  # over the five after the warm-up
+    lrs = [.01, .02] + [.02 * (.1 + .9 * c / 2) for c in cosine]
+    for before, row in zip([0, *lines], rows):
+        step = row["step"]
+        assert row["loss"] == pytest.approx(of_update[before:step].mean())
+        assert row["lr"] == pytest.approx(lrs[step - 1])
+        assert (f"block 0 | step {step}/7 | loss {row['loss']:.4f} | val {row['val_loss']:.4f} | "
+                f"lr {row['lr']:.1e} | {row['ms']:.0f} ms/step") in printed
 
 
-# ---- A pretend GPU ----------------------------------------------------------------------------------------
+def test_held_out_examples_are_four_pieces_of_a_batch(tmp_path):
+    job = toy_job(tmp_path, steps=1, accumulate=3)
+    numbers = []
 
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount"}
-
-
-def where(x):
-    """Where a tensor pretends to be: cuda, pinned or cpu."""
-    return getattr(x.untyped_storage(), "place", "cpu")
-
-
-def put(x, place="cuda"):
-    for tensor in tree_leaves(x):
-        if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-            tensor.untyped_storage().place = place
-    return x
+    def held_out(n, config):
+        numbers.append(n)
+        return FIVE_ROWS
+    job.data.held_out = held_out
+    train.train(job)
+    assert numbers == [4 * 2]
 
 
-class PretendGPU(TorchFunctionMode):
-    """Real CPU tensors, some of whose storages are marked as being on cuda:0. Python's view of torch
-    follows the marks; `Kernels` sees each operation. A fault is an operation on tensors of both kinds and, in
-    every second update, which logs and saves nothing, whatever waits for the device.
+def test_milliseconds_and_minutes_left_are_those_of_this_run(tmp_path, monkeypatch, capsys):
+    # arrange: a checkpoint at update 4 that seems to be of a run of 10, and a clock of six seconds a look
+    every_two = dict(log_every=2, save_every=2)
+    train.train(toy_job(tmp_path, run=every_two, steps=4))
+    job = toy_job(tmp_path, run=dict(every_two, resume=True), steps=10, final_lr=1)
+    state = torch.load(job.path, weights_only=True)
+    state["training"] = train.flat(job.training)
+    torch.save(state, job.path)
+    clock = itertools.count(step=6)  # it is read before the first update, and at each line
+    monkeypatch.setattr(train.time, "time", lambda: next(clock))
+    capsys.readouterr()
 
-    Under the name mps it is Apple's, which has no float64: a float64 tensor on it is a fault, and waiting is
-    not."""
+    # act
+    train.train(job)
 
-    def __init__(self, patch, name="cuda"):
-        super().__init__()
-        self.name, self.device = name, torch.device(name, 0)
-        self.faults, self.updates, self.kernels, self.on_device = [], 0, Kernels(self), False
-        step, group = torch.optim.AdamW.step, torch._C._group_tensors_by_device_and_dtype
-
-        def set_device(device):
-            if torch.device(device).index is None:
-                self.fault(f"Expected a torch.device with a specified index, but got: {device}")
-
-        def count(optimizer):
-            step(optimizer)
-            self.updates += 1
-        patch.setattr(torch.optim.AdamW, "step", count)
-        patch.setattr(torch.backends.mps, "is_available", lambda: name == "mps")
-        for function, fake in dict(is_available=lambda: name == "cuda", device_count=lambda: 1, set_device=set_device,
-                               is_bf16_supported=lambda **_: False, max_memory_allocated=lambda _: 2 ** 20,
-                               is_current_stream_capturing=lambda: False, Stream=lambda _: None,
-                               set_stream=lambda _: None).items():
-            patch.setattr(torch.cuda, function, fake)
-        patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", lambda *a: {
-            (torch.device(where(v[0][0][0])), dtype): v for (_, dtype), v in group(*a).items()})
-
-    def fault(self, what):
-        self.faults.append(what)
-        raise RuntimeError(what)
-
-    def wait(self, what):
-        if self.updates % 2 and self.name == "cuda":
-            self.fault(f"{what} waits for the device within an update")
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name = dict(kwargs or {}), func.__name__
-        here = any(where(x) == "cuda" for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
-        if here and func in (torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__):
-            return self.device if func == torch.Tensor.device.__get__ else self.name == "cuda"
-        if name == "pin_memory":
-            return put(args[0].clone(), "pinned")
-        if name in ("to", "cpu", "cuda"):
-            return self.move(name, *args, **kwargs)
-        if here and name in ("numpy", "__array__"):
-            self.fault("a tensor on the device cannot be converted to numpy")
-        device = kwargs.get("device")
-        if device is not None and torch.device(device).type == self.name:
-            here, kwargs["device"] = True, "cpu"
-        if here and name in ("tolist", "tensor", "as_tensor"):
-            self.wait(name)
-        before, self.on_device = self.on_device, here
-        try:
-            out = func(*args, **kwargs)
-        finally:
-            self.on_device = before
-        return put(out) if here else out
-
-    def move(self, name, x, *args, non_blocking=False, **kwargs):
-        given = [where(a) if isinstance(a, torch.Tensor) else a for a in [*args, *kwargs.values()]]
-        devices = [torch.device(a).type for a in given if isinstance(a, (str, torch.device))]
-        devices = ["cuda" if kind == self.name else kind for kind in devices]
-        dtypes = [a for a in given if isinstance(a, torch.dtype)]
-        target = name if name != "to" else devices[0] if devices else where(x)
-        if target == where(x):
-            return x.to(*dtypes) if dtypes else x
-        if {target, where(x)} != {"cpu", "pinned"} and not (non_blocking and where(x) == "pinned"):
-            self.wait(f"a copy to {target}")
-        return put(x.to(*dtypes, copy=True), target)
+    # check: 6 s for 2 updates, 12 s for 4, 18 s for 6
+    lines = [line for line in capsys.readouterr().out.splitlines() if "| step " in line]
+    assert len(lines) == 3
+    for line, left in zip(lines, ("0.2 min left", "0.1 min left", "0.0 min left")):
+        assert "| 3000 ms/step |" in line
+        assert line.endswith(f"| {left}")
 
 
-class Kernels(TorchDispatchMode):
-    def __init__(self, gpu):
-        super().__init__()
-        self.gpu, self.count = gpu, 0
+# -- how long it trains
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, gpu = func.overloadpacket.__name__, self.gpu
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        here = [where(x) == "cuda" for x in tensors]
-        if any(here):
-            self.count += 1
-            mask = name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in tensors[1:])
-            if name in WAITS or mask or name in ("copy_", "_to_copy") and not all(here):
-                gpu.wait(name)
-            elif name != "copy_" and not all(on or x.dim() == 0 for on, x in zip(here, tensors)):
-                gpu.fault(f"{name} mixes tensors of CPU and device")
-        out = func(*args, **(kwargs or {}))
-        on_device = any(here) or not tensors and gpu.on_device
-        if gpu.name == "mps" and on_device and any(x.dtype == torch.float64 for x in tree_leaves(out)
-                                                   if isinstance(x, torch.Tensor)):
-            gpu.fault(f"{name} makes a float64 tensor on the device")
-        return put(out) if on_device else out
+def without_steps(args):
+    return [arg for arg in args if not arg.startswith("--steps")]
 
 
-@pytest.mark.parametrize("model", [module.__name__ for module in MODELS])
-def test_a_model_trains_resumes_is_scored_and_sampled_and_on_a_gpu_no_update_waits(
-        model, flags, tmp_path, monkeypatch, capsys):
-    common, path = flags(model, f"--out={tmp_path}", "--compile=off"), tmp_path / model
-    cut(monkeypatch, [*common, "--end-to-end"])                 # on the CPU, to be resumed on the device
-    with PretendGPU(monkeypatch) as gpu, gpu.kernels:
-        train.main([f"--model={model}", "--end-to-end", f"--out={tmp_path}", "--resume"])
-        train.main([*common, "--block=all"])
-        train.main([*common, "--control"])
-        assert gpu.updates == (10 if model == "recurrent" else 14)
-        train.main([f"--model={model}", "--eval", f"--out={tmp_path}"])
-        for part in ([], ["--end-to-end"], ["--control"]):
-            capsys.readouterr()
-            train.main([f"--model={model}", "--sample", f"--out={tmp_path}", *SAMPLE.get(model, []), *part])
-            assert capsys.readouterr().out.strip()
-    assert not gpu.faults and gpu.kernels.count > 1000
-    assert torch.load(path / "end_to_end.pt", weights_only=True)["step"] == 4
-    report = json.loads((path / "eval.json").read_text())
-    rows = next(iter(report["tables"].values()))
-    assert list(rows)[:2] == ["end to end", "control"] and any(k.startswith("blocks") for k in rows)
-    numbers = [v for table in report["tables"].values() for row in table.values() for v in row.values()]
-    assert np.isfinite(numbers).all() and set(report["updates"].values()) == {4}
-    assert report["device"] == "cuda:0"
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("model", ["vit", "gpt"])
+def test_epochs_are_passes_over_images_or_over_windows_of_a_text(
+        model, pieces, place, flags, tmp_path, monkeypatch):
+    examples = 1347  # training digits
+    if model == "gpt":
+        n_bytes = len((place / "text.txt").read_bytes())
+        examples = (n_bytes * 9 // 10) // 16  # the last tenth is held out; seq_len is 16
+    args = flags(model, "--block=all", "--epochs=2.5", f"--accumulate={pieces}", f"--out={tmp_path}")
 
-# ---- A pretended CUDA graph -------------------------------------------------------------------------------
+    jobs = jobs_of(monkeypatch, without_steps(args))
+
+    assert [job.training.steps for job in jobs] == [math.ceil(2.5 * examples / 4)] * 2
+
+
+@pytest.mark.parametrize("typed, steps, epochs", [
+    ("--preset=cpu", 1000, 10),
+    ("--preset=cpu --steps=7", 7, 0),
+    ("--preset=cpu --epochs=7", 1000, 7),
+    ("--preset=default", 1500, 0),
+    ("--preset=default --epochs=7", 1500, 7),
+    ("--steps=7", 7, 0)])
+def test_what_is_typed_of_steps_and_epochs_outvotes_the_preset(typed, steps, epochs):
+    asked = train.parse(["--model=vit", "--block=0", *typed.split()])
+    training = train.replaced(train.Training(), train.values_of(asked))
+    assert (training.steps, training.epochs) == (steps, epochs)
+
+
+def test_a_run_of_epochs_goes_on_for_the_steps_or_epochs_that_are_typed(flags, tmp_path):
+    constant = flags("vit", "--block=0", "--final-lr=1")
+    resume = ["--model=vit", "--block=0", "--resume", f"--out={tmp_path}"]
+    path = tmp_path / "vit/block_0.pt"
+
+    train.main([*without_steps(constant), "--epochs=.005", f"--out={tmp_path}"])
+    assert train.load(path, "vit")["step"] == 2  # .005 * 1347 / 4, rounded up
+
+    train.main([*resume, "--steps=3"])
+    state = train.load(path, "vit")
+    assert state["step"] == state["training"]["steps"] == 3
+    assert state["training"]["epochs"] == 0
+    with pytest.raises(UserError, match=r"steps \(2; it has 3 already\)"):
+        train.main([*resume, "--epochs=.005"])
+
+    train.main([*resume, "--epochs=.01"])
+    train.main([*constant, "--steps=4", f"--out={tmp_path}/whole"])  # .01 * 1347 / 4, rounded up
+    assert weights(path) == weights(tmp_path / "whole/vit/block_0.pt")
+
+
+def test_what_is_typed_outvotes_the_checkpoint_and_this_the_preset(flags, tmp_path):
+    train.main([*without_steps(flags("vit", "--block=0")), "--epochs=.005", f"--out={tmp_path}"])
+    typed = ["--resume", f"--out={tmp_path}", "--preset=cpu", "--lr=.5"]
+    asked = train.parse(["--model=vit", "--block=0", *typed])
+    values = train.values_of(asked)
+    assert values["lr"] == .5
+    assert values["n_embd"] == 16
+    assert values["augment"] == "crop,flip,rand"
+    assert values["epochs"] == .005 != asked.preset["epochs"]
+
+
+def test_a_run_with_a_constant_learning_rate_can_be_prolonged(flags, tmp_path):
+    common = flags("mdm", "--block=0", "--warmup=2", "--final-lr=1")
+    resume = ["--model=mdm", "--block=0", "--resume", f"--out={tmp_path}/two"]
+    train.main([*common, "--steps=8", f"--out={tmp_path}/whole"])
+    train.main([*common, "--steps=4", f"--out={tmp_path}/two"])
+
+    train.main([*resume, "--steps=8"])
+
+    assert weights(tmp_path / "whole/mdm/block_0.pt") == weights(tmp_path / "two/mdm/block_0.pt")
+    with pytest.raises(UserError, match="it has 8 already"):
+        train.main([*resume, "--steps=5"])
+
+
+def test_a_run_whose_learning_rates_depend_on_its_length_cannot_be_prolonged(flags, tmp_path, capsys):
+    train.main(flags("mdm", "--block=0", f"--out={tmp_path}"))
+    resume = ["--model=mdm", "--block=0", "--resume", f"--out={tmp_path}"]
+    says = r"steps \(4 -> 8\), on which its learning rates depend .*--final-lr 1"
+    with pytest.raises(UserError, match=says):
+        train.main([*resume, "--steps=8"])
+    capsys.readouterr()
+    train.main(resume)
+    assert "has all its 4 updates" in capsys.readouterr().out
+
+
+# ---- Same bits --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("model", ["mdm", "vit"])  # with a running mean; with augmentation and dropout
+def test_a_run_cut_and_resumed_ends_at_the_bits_of_one_that_was_not(model, flags, tmp_path, monkeypatch):
+    common = flags(model, "--steps=5", "--accumulate=2", "--block=0")
+    train.main([*common, f"--out={tmp_path}/whole"])
+    cut(monkeypatch, [*common, f"--out={tmp_path}/cut"])
+
+    train.main([f"--model={model}", "--block=0", "--resume", "--log-every=2", f"--out={tmp_path}/cut"])
+
+    whole = tmp_path / "whole" / model / "block_0.pt"
+    again = tmp_path / "cut" / model / "block_0.pt"
+    assert weights(whole) == weights(again)
+    assert [row["step"] for row in log_of(whole)] == [2, 4, 5]
+    assert [row["step"] for row in log_of(again)] == [2, 4, 5]
+    for row, other in zip(log_of(whole), log_of(again)):
+        assert row["val_loss"] == other["val_loss"]
+    net, state = train.trained(importlib.import_module(model), model, "block_0", tmp_path / "cut", "cpu")
+    assert bits(net.state_dict()) == bits(state["average"] or state["net"])
+
+
+@pytest.mark.parametrize("more", ["--log-every=1", "--checkpoint-activations"])
+def test_logging_and_checkpointed_activations_change_no_weight(more, flags, tmp_path):
+    common = flags("vit", "--dropout=.3", "--block=1", "--log-every=99", "--save-every=99")
+    train.main([*common, f"--out={tmp_path}/without"])
+    train.main([*common, more, f"--out={tmp_path}/with"])
+    assert weights(tmp_path / "without/vit/block_1.pt") == weights(tmp_path / "with/vit/block_1.pt")
+
+
+def test_every_part_update_and_piece_has_random_numbers_of_its_own(flags, tmp_path, monkeypatch):
+    # arrange: note the seed of each batch, and its windows with the number that is drawn next
+    seeds, draws = [], []
+    real = data.text.Data.batch
+
+    def batch(self, n, config, index):
+        seeds.append(torch.initial_seed())
+        windows = real(self, n, config, index)
+        draws.append(windows.numpy().tobytes() + torch.rand(1).numpy().tobytes())
+        return windows
+    monkeypatch.setattr(data.text.Data, "batch", batch)
+
+    # act and check: four parts of four updates of two pieces
+    train_all_parts(flags("gpt", "--accumulate=2", f"--out={tmp_path}"))
+    assert len(seeds) == 4 * 4 * 2
+    assert len(set(seeds)) == len(set(draws)) == len(seeds)
+    # another seed shares none of them
+    train.main(flags("gpt", "--block=0", "--seed=1", f"--out={tmp_path}/1"))
+    assert len(set(seeds)) == 4 * 4 * 2 + 4
+    # blocks begin with other weights
+    first, _ = weights(tmp_path / "gpt/block_0.pt")
+    second, _ = weights(tmp_path / "gpt/block_1.pt")
+    for name in first:
+        assert first[name] != second[name]
+
+
+def test_a_block_has_the_same_bits_alone_killed_interrupted_and_resumed(place, flags, tmp_path):
+    # arrange: both blocks, one after another, in one process
+    common = flags("vit", "--steps=100", "--log-every=9")
+    train.main([*common, "--block=all", f"--out={tmp_path}/whole"])
+    alone = [*common, "--block=1", f"--out={tmp_path}/a b"]
+    path = tmp_path / "a b/vit/block_1.pt"
+
+    # act: kill one that trains block 1 alone when its first checkpoint is there
+    child = started(child_args(place, alone))
+    while not path.exists() and child.poll() is None:
+        time.sleep(.005)
+    child.kill()
+    child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    killed_at = train.load(path, "vit")["step"]
+    assert 0 < killed_at < 100
+
+    # act: resume it, and interrupt it when it trains
+    child = started(child_args(place, [*alone, "--resume"]))
+    lines = []
+    while not lines or "| step " not in lines[-1]:
+        lines.append(next(child.stdout))
+    child.send_signal(signal.SIGINT)
+    lines += child.stdout.read().splitlines()
+    assert child.wait() == 130, lines
+    step = train.load(path, "vit")["step"]
+    assert killed_at < step < 100
+    assert f"holds update {step} of 100; go on: the same" in lines[-1]
+
+    # act: resume it to its end
+    train.main(["--model=vit", "--block=1", f"--out={tmp_path}/a b", "--resume"])
+
+    # check
+    assert weights(path) == weights(tmp_path / "whole/vit/block_1.pt")
+    assert not path.with_name("block_0.pt").exists()
+
+
+# ---- Signals, processes, pipes ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_update_end_and_saves_it(number, flags, tmp_path, monkeypatch, capsys):
+    # arrange: the signal comes while the batch of the third update is drawn
+    real, batches = data.text.Data.batch, []
+
+    def batch(self, n, config, index):
+        batches.append(index)
+        if len(batches) == 3:
+            os.kill(os.getpid(), number)
+        return real(self, n, config, index)
+
+    def unhandled(number, frame):
+        raise AssertionError("the signal is not handled")
+    common = flags("gpt", "--block=all", "--log-every=0", "--save-every=0")
+    train.main([*common, f"--out={tmp_path}/whole"])
+    path = tmp_path / "cut/gpt/block_0.pt"
+    signal.signal(number, unhandled)
+    monkeypatch.setattr(data.text.Data, "batch", batch)
+
+    # act
+    with pytest.raises(SystemExit) as end:
+        train.main([*common, f"--out={tmp_path}/cut"])
+
+    # check: what was saved and printed, and that block 1 was not begun
+    assert end.value.code == 128 + number
+    assert signal.getsignal(number) is unhandled
+    assert train.load(path, "gpt")["step"] == 3
+    assert [row["step"] for row in log_of(path)] == [3]
+    assert f"{path} holds update 3 of 4; go on: the same command with --resume" in capsys.readouterr().out
+    assert not path.with_name("block_1.pt").exists()
+
+    # check: it goes on to the same bits
+    train.STOP.clear()  # as in a new process
+    train.main([*common, f"--out={tmp_path}/cut", "--resume"])
+    for name in ("block_0.pt", "block_1.pt"):
+        assert weights(path.with_name(name)) == weights(tmp_path / "whole/gpt" / name)
+
+
+def test_a_stopped_run_that_overwrote_is_resumed_without_overwrite(tmp_path):
+    job = toy_job(tmp_path, steps=9)
+    assert train.how_to_go_on(job, 4).endswith("the same command with --resume")
+    job = toy_job(tmp_path, run=dict(overwrite=True), steps=9)
+    line = train.how_to_go_on(job, 4)
+    assert "update 4 of 9" in line
+    assert line.endswith("--resume in the place of --overwrite")
+
+
+def test_two_processes_a_block_share_its_batch_under_torchrun(place, flags, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
+    four = started([*torchrun, *child_args(place, flags("vit", "--block=all", f"--out={tmp_path}/four"))])
+    train.main(flags("vit", "--block=all", "--accumulate=2", f"--out={tmp_path}/one"))
+    printed, _ = four.communicate()
+    assert four.returncode == 0, printed
+    for b in range(2):
+        one = train.load(tmp_path / f"one/vit/block_{b}.pt", "vit")
+        two = train.load(tmp_path / f"four/vit/block_{b}.pt", "vit")
+        assert one["training"] == two["training"]
+        assert one["log"][0]["val_loss"] != one["log"][1]["val_loss"]
+        for name, weight in one["net"].items():
+            torch.testing.assert_close(two["net"][name], weight, rtol=1e-5, atol=1e-6)
+
+
+# one of two ranks that share the pieces of a batch; in update 3 rank 1 alone gets SIGTERM
+RANK = """import os, pathlib, signal, sys
+import data, gpt, train
+from data import text
+
+def batch(self, n, config, index):
+    if index == 9 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(self, n, config, index)
+
+data.DATA_DIR = pathlib.Path(sys.argv.pop(1))
+gpt.PRESETS["default"]["clip"] = 1e9
+real, text.Data.batch = text.Data.batch, batch
+train.main(sys.argv[1:])
+"""
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def started_ranks(args):
+    """Two processes, as torchrun starts them."""
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    first = started(args, {**meeting, "RANK": "0", "LOCAL_RANK": "0"})
+    second = started(args, {**meeting, "RANK": "1", "LOCAL_RANK": "1"})
+    return first, second
+
+
+def test_ranks_exchange_the_gradients_of_all_pieces_and_stop_together(place, flags, tmp_path, monkeypatch):
+    # arrange: no clipping, so that AdamW's moments are the gradients' own
+    monkeypatch.setitem(gpt.PRESETS["default"], "clip", 1e9)
+    common = flags("gpt", "--block=0", "--batch-size=12", "--warmup=0", "--final-lr=1", "--log-every=1",
+                   "--save-every=0")
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+
+    # act: three pieces become four, two for each rank
+    args = [*common, "--accumulate=3", f"--out={tmp_path}/ranks"]
+    ranks = started_ranks([str(script), str(place / "data"), *args])
+    train.main([*common, "--accumulate=4", "--steps=3", f"--out={tmp_path}/one"])
+    printed = [rank.communicate()[0] for rank in ranks]
+
+    # check: both stopped after update 3, and the first alone tells of it
+    assert [rank.returncode for rank in ranks] == [143, 143], printed
+    assert "Traceback" not in "".join(printed), printed
+    assert printed[0].count("| step ") == 3
+    assert "holds update 3 of 4" in printed[0]
+    assert "| step " not in printed[1]
+    assert "holds update" not in printed[1]
+
+    # check: weights, moments and losses are those of one process
+    one = train.load(tmp_path / "one/gpt/block_0.pt", "gpt")
+    two = train.load(tmp_path / "ranks/gpt/block_0.pt", "gpt")
+    assert one["step"] == two["step"] == 3
+    assert two["training"]["accumulate"] == 4
+    for name, weight in one["net"].items():
+        torch.testing.assert_close(two["net"][name], weight, rtol=1e-4, atol=1e-5)
+    for number, moments in one["optimizer"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(two["optimizer"][number][name], moments[name], rtol=1e-3, atol=1e-7)
+    for row, other in zip(one["log"], two["log"], strict=True):
+        assert row["val_loss"] == pytest.approx(other["val_loss"], rel=1e-4)
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)  # the mean over both ranks' pieces
+
+
+def test_fewer_ranks_than_blocks_take_them_in_turn():
+    blocks = ["block_0", "block_1", "block_2"]
+    assert train.assign(blocks, rank=0, n_ranks=2) == (["block_0", "block_2"], 0, 1)
+    assert train.assign(blocks, rank=1, n_ranks=2) == (["block_1"], 0, 1)
+
+
+def test_more_ranks_than_blocks_share_batches_if_they_can_do_so_evenly():
+    blocks = ["block_0", "block_1", "block_2"]
+    assert train.assign(blocks, rank=4, n_ranks=6) == (["block_2"], 0, 2)
+    assert train.assign(blocks, rank=1, n_ranks=6) == (["block_0"], 1, 2)
+    with pytest.raises(UserError, match="4 processes cannot share 3 blocks"):
+        train.assign(blocks, rank=0, n_ranks=4)
+
+
+def test_a_batch_that_ranks_cannot_share_and_scoring_by_ranks_are_refused(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match="3 processes cannot share a batch of 4"):
+        train.main(flags("gpt", "--end-to-end", f"--out={tmp_path}"))
+    for action in ("--eval", "--sample"):
+        with pytest.raises(UserError, match=f"{action} runs in one process"):
+            train.main(["--model=gpt", action, f"--out={tmp_path}"])
+
+
+@pytest.mark.parametrize("rank, tells", [("0", True), ("1", False)])
+def test_the_first_rank_alone_tells_of_the_data(rank, tells, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    jobs_of(monkeypatch, flags("gpt", "--block=all", f"--out={tmp_path}"))
+    assert ("data: " in capsys.readouterr().out) == tells
+
+
+def test_each_rank_takes_the_gpu_of_its_number(monkeypatch):
+    devices = []
+
+    def zeros(n, device):
+        devices.append(device)
+        return torch.ones(n)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    train.set_up(train.Run(device="cuda"), train.Training(), local_rank=3)
+    assert devices == ["cuda:3"]
+
+
+def runs_into_a_closed_pipe(monkeypatch, args):
+    """Run train.py, whose output nobody reads. Returns the code with which it ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    stdout = open(writer, "w")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "stdout", stdout)
+        patch.setattr(sys, "argv", ["train.py", *args])
+        runpy.run_path(str(HERE / "train.py"), run_name="__main__")
+    stdout.close()  # as the interpreter's end does
+    return end.value.code
+
+
+def test_a_closed_pipe_ends_training_scoring_and_sampling_with_code_1_and_no_traceback(
+        flags, tmp_path, monkeypatch):
+    train.main(flags("vit", "--block=all", "--steps=1", f"--out={tmp_path}"))
+    training = flags("vit", "--control", "--log-every=1", f"--out={tmp_path}")
+    scoring = ["--model=vit", "--eval", f"--out={tmp_path}"]
+    sampling = ["--model=vit", "--sample", f"--out={tmp_path}"]  # one line, at the end
+    for args in (training, scoring, sampling):
+        assert runs_into_a_closed_pipe(monkeypatch, args) == 1
+
+
+# ---- Checkpoints, and what is refused ---------------------------------------------------------------------
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError])  # of torch.save, of the system
+def test_a_checkpoint_is_never_half_written(error, flags, tmp_path, monkeypatch):
+    common = flags("gpt", "--block=0", f"--out={tmp_path}")
+    path = tmp_path / "gpt/block_0.pt"
+    cut(monkeypatch, common)
+    before = path.read_bytes()
+
+    def write_half(state, file):
+        file.write(before[:1000])
+        raise error
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(UserError, match="cannot write"):
+        train.main([*common, "--resume"])
+
+    assert path.read_bytes() == before
+    assert not list(path.parent.glob(".*.part"))  # a full disk is not made fuller
+
+
+class Code:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def refused_as_damaged(path, content):
+    """Whether a checkpoint with this content is refused in one line, and left as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path.name} is damaged, or not of this model") as error:
+        train.load(path, path.parent.name)
+    return "\n" not in str(error.value) and path.read_bytes() == content
+
+
+def test_a_file_that_is_no_whole_checkpoint_of_this_part_is_refused(flags, tmp_path):
+    train.main(flags("gpt", "--block=0", f"--out={tmp_path}"))
+    whole = (tmp_path / "gpt/block_0.pt").read_bytes()
+    wrong = tmp_path / "wrong/gpt/block_0.pt"
+    assert refused_as_damaged(wrong, b"")
+    assert refused_as_damaged(wrong, b"text")
+    assert refused_as_damaged(wrong, whole[:-9])
+    # one bit of a weight is another
+    state = torch.load(tmp_path / "gpt/block_0.pt", weights_only=True)
+    place = whole.index(state["net"]["head.weight"].numpy().tobytes()) + 9
+    changed = bytearray(whole)
+    changed[place] ^= 1
+    assert refused_as_damaged(wrong, bytes(changed))
+    # it is of another part, of another model
+    assert refused_as_damaged(tmp_path / "wrong/gpt/control.pt", whole)
+    assert refused_as_damaged(tmp_path / "wrong/mdm/block_0.pt", whole)
+
+
+def test_a_checkpoint_that_holds_code_is_refused_and_the_code_is_not_run(flags, tmp_path):
+    train.main(flags("gpt", "--block=0", f"--out={tmp_path}"))
+    trap = Code(tmp_path / "trap")
+    state = torch.load(tmp_path / "gpt/block_0.pt", weights_only=True)
+    torch.save({**state, "log": trap}, tmp_path / "code.pt")
+    wrong = tmp_path / "wrong/gpt/block_0.pt"
+    assert refused_as_damaged(wrong, (tmp_path / "code.pt").read_bytes())
+    assert refused_as_damaged(wrong, pickle.dumps(trap))
+    assert not trap.path.exists()
+
+
+def test_other_settings_and_training_over_a_checkpoint_are_refused(flags, tmp_path, monkeypatch):
+    common = flags("gpt", "--block=0", f"--out={tmp_path}", "--lr=.002")
+    path = tmp_path / "gpt/block_0.pt"
+    cut(monkeypatch, common)
+    before = path.read_bytes()
+    (tmp_path / "b.txt").write_text("another text\n" * 400)
+    for more, says in (("--lr=.01", r"lr \(0.002 -> 0.01\)"),
+                       ("--n-embd=32", r"n_embd \(16 -> 32\)"),
+                       ("--gamma=.3", "gamma"),
+                       ("--steps=9", "steps"),
+                       (f"--data={tmp_path}/b.txt", "data")):
+        with pytest.raises(UserError, match=f"trained with other settings: .*{says}"):
+            train.main([*common, "--resume", more])
+    with pytest.raises(UserError, match="is there already: --resume .* --overwrite .* --out"):
+        train.main(common)
+    assert path.read_bytes() == before
+
+
+def test_overwrite_trains_anew(flags, tmp_path, monkeypatch):
+    common = flags("gpt", "--block=0")
+    cut(monkeypatch, [*common, "--lr=.1", f"--out={tmp_path}"])
+    train.main([*common, "--overwrite", f"--out={tmp_path}"])
+    train.main([*common, f"--out={tmp_path}/new"])
+    assert weights(tmp_path / "gpt/block_0.pt") == weights(tmp_path / "new/gpt/block_0.pt")
+
+
+# of these, --resume accepts other values
+FREE = ("data", "epochs", "compile")
+
+
+def another(value):
+    if isinstance(value, str):
+        return value + "x"
+    return value + 1
+
+
+@pytest.mark.parametrize("model", ["gpt", "vit"])
+def test_resume_refuses_another_value_of_every_setting_that_decides_the_weights(
+        model, flags, tmp_path, monkeypatch):
+    [job] = jobs_of(monkeypatch, flags(model, "--block=0", "--ema=.5", f"--out={tmp_path}"))
+    learner = train.Learner(job)
+    train.save(job.path, learner.state())
+    train.load_checkpoint(learner)  # with the same settings it goes on
+
+    changed = set()
+    for settings in (job.config, job.config.noise, job.training, job.data.settings):
+        for field in fields(settings):
+            value = getattr(settings, field.name)
+            if not field.init or is_dataclass(value) or field.name in FREE:
+                continue
+            setattr(settings, field.name, another(value))
+            with pytest.raises(UserError, match=rf"trained with other settings: .*\b{field.name} \("):
+                train.load_checkpoint(learner)
+            setattr(settings, field.name, value)
+            changed.add(field.name)
+
+    assert changed > {"n_embd", "p_mean", "lr", "clip", "seed", "steps", "split"}
+    if model == "vit":
+        assert "augment" in changed
+
+
+def test_resume_accepts_the_same_data_in_another_place_and_no_other_data(flags, tmp_path, monkeypatch):
+    [job] = jobs_of(monkeypatch, flags("gpt", "--block=0", f"--out={tmp_path}"))
+    learner = train.Learner(job)
+    train.save(job.path, learner.state())
+    job.data.settings.data = "elsewhere"
+    job.training.compile = "on"
+    train.load_checkpoint(learner)
+    monkeypatch.setitem(job.data.about, "fingerprint", "another")
+    with pytest.raises(UserError, match="trained with other settings: the data's content;"):
+        train.load_checkpoint(learner)
+
+
+def test_no_block_is_trained_where_the_checkpoint_of_a_later_one_would_be_lost(flags, tmp_path):
+    path = tmp_path / "gpt/block_1.pt"
+    train.main(flags("gpt", "--block=1", "--steps=1", f"--out={tmp_path}"))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="block_1.pt is there already"):
+        train.main(flags("gpt", "--block=all", f"--out={tmp_path}"))
+    assert path.read_bytes() == before
+    assert not path.with_name("block_0.pt").exists()
+
+
+def test_a_missing_part_is_trained_with_the_settings_of_those_that_are_there(flags, tmp_path, capsys):
+    train.main(flags("gpt", "--block=1", "--weight-decay=.3", "--z-rate=.2", f"--out={tmp_path}/a b"))
+    with pytest.raises(UserError, match="there is no .*block_0.pt; train it: ") as error:
+        train.main(["--model=gpt", "--eval", f"--out={tmp_path}/a b"])
+    command = shlex.split(str(error.value).split("train it: ")[1])
+    assert command[:2] == ["python", "train.py"]
+    capsys.readouterr()
+
+    train.main(command[2:])
+
+    # --resume says that nothing is to be resumed
+    assert "it begins at update 0, with the settings of block_1.pt" in capsys.readouterr().out
+    first = train.load(tmp_path / "a b/gpt/block_0.pt", "gpt")
+    second = train.load(tmp_path / "a b/gpt/block_1.pt", "gpt")
+    for settings in ("config", "training", "settings"):
+        assert first[settings] == second[settings]
+
+
+def test_a_checkpoint_of_its_own_is_followed_before_that_of_another_part(flags, tmp_path, monkeypatch):
+    train.main(flags("gpt", "--block=0", "--lr=.001", "--steps=1", f"--out={tmp_path}"))
+    train.main(flags("gpt", "--block=1", "--lr=.002", "--steps=1", f"--out={tmp_path}"))
+    [job] = jobs_of(monkeypatch, ["--model=gpt", "--block=1", "--resume", f"--out={tmp_path}"])
+    assert job.training.lr == .002
+    [job] = jobs_of(monkeypatch, ["--model=gpt", "--control", "--resume", f"--out={tmp_path}"])
+    assert job.training.lr == .001  # the first block's
+
+
+def test_a_loss_that_is_not_finite_ends_training_and_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch):
+    real, calls = gpt.EndToEnd.forward, []
+
+    def forward(self, batch):
+        """The fourth time the loss is finite, but its gradient is not: the slope of a root at 0."""
+        calls.append(batch)
+        loss = real(self, batch)
+        if len(calls) == 4:
+            loss = loss + (0 * self.head.weight.sum()).abs().sqrt()
+        return loss
+    monkeypatch.setattr(gpt.EndToEnd, "forward", forward)
+    monkeypatch.setattr(train, "validate", lambda net, held_out: 0.0)
+    with pytest.raises(UserError, match="the loss of end_to_end is not finite at update 4"):
+        train.main(flags("gpt", "--end-to-end", f"--out={tmp_path}"))
+    assert train.load(tmp_path / "gpt/end_to_end.pt", "gpt")["step"] == 2
+
+
+# ---- Scores and samples -----------------------------------------------------------------------------------
+
+def test_what_was_trained_otherwise_is_not_scored_beside_the_blocks(flags, tmp_path, capsys):
+    # arrange: a baseline of another size, a control of other data, a block with more updates
+    (tmp_path / "b.txt").write_text("another text\n" * 400)
+    common = flags("gpt", "--steps=1", f"--out={tmp_path}")
+    train.main([*common, "--block=all"])
+    train.main([*common, "--block=1", "--steps=2", "--overwrite"])
+    train.main([*common, "--end-to-end", "--n-embd=32"])
+    train.main([*common, "--control", f"--data={tmp_path}/b.txt"])
+    capsys.readouterr()
+
+    # act
+    train.main(["--model=gpt", "--eval", f"--out={tmp_path}"])
+
+    # check
+    printed = capsys.readouterr().out
+    assert re.search(r"without end to end: .*trained with other settings .*n_embd \(16 -> 32\)", printed)
+    assert re.search("without control: .*trained with other settings .*the data's content", printed)
+    report = report_of(tmp_path / "gpt")
+    assert report["updates"] == {"2 blocks": 1}  # the fewest of any block
+    rows = report["tables"]["bits per byte on held-out text"]
+    assert "blocks, bound" in rows
+    assert "end to end" not in rows
+    assert "control" not in rows
+
+
+def test_blocks_that_do_not_fit_together_are_neither_scored_nor_sampled(flags, tmp_path):
+    common = flags("gpt", "--steps=1", f"--out={tmp_path}")
+    train.main([*common, "--block=0"])
+    train.main([*common, "--block=1", "--n-embd=32"])
+    says = "block_1.pt was trained with other settings than block_0: n_embd"
+    for action in ("--eval", "--sample"):
+        with pytest.raises(UserError, match=says):
+            train.main(["--model=gpt", action, f"--out={tmp_path}"])
+
+
+def test_scores_on_other_data_are_marked_so(flags, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text("another text, as long as it has to be\n" * 400)
+    train.main(flags("gpt", "--block=all", "--steps=1", f"--out={tmp_path}"))
+    train.main(["--model=gpt", "--eval", f"--out={tmp_path}"])
+    assert "other data" not in capsys.readouterr().out
+    train.main(["--model=gpt", "--eval", f"--data={tmp_path}/other.txt", f"--out={tmp_path}"])
+    assert "note: scored on other data than the blocks were trained on" in capsys.readouterr().out
+
+
+def seed_all(seed):
+    """Random states as in another process."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def scores_of_mdm(out, global_seed):
+    seed_all(global_seed)
+    train.main(["--model=mdm", "--eval", f"--out={out}"])
+    return report_of(out / "mdm")["tables"]
+
+
+def samples_of_mdm(out, capsys, global_seed, *more):
+    """What is printed as sample of the blocks, the baseline and the control."""
+    command = ["--model=mdm", "--sample", "--prompt=a<gap:9>b", "--n-moves=3", f"--out={out}", *more]
+    capsys.readouterr()
+    for part in ([], ["--end-to-end"], ["--control"]):
+        seed_all(global_seed)
+        train.main([*command, *part])
+    return capsys.readouterr().out
+
+
+def ruin_what_is_no_running_mean(folder, model):
+    for path in folder.glob("*.pt"):
+        state = train.load(path, model)
+        for weight in state["net"].values():
+            weight.fill_(math.nan)
+        torch.save(state, path)
+
+
+def test_scores_and_samples_are_those_of_the_running_mean_and_the_same_again(flags, tmp_path, capsys):
+    train_all_parts(flags("mdm", f"--out={tmp_path}"))
+    scores = scores_of_mdm(tmp_path, 1)
+    samples = samples_of_mdm(tmp_path, capsys, 1)
+    ruin_what_is_no_running_mean(tmp_path / "mdm", "mdm")
+    assert scores_of_mdm(tmp_path, 2) == scores
+    assert samples_of_mdm(tmp_path, capsys, 2) == samples
+    assert samples_of_mdm(tmp_path, capsys, 1, "--seed=1") != samples
+
+
+def sample_files(folder):
+    """{name: bytes} of the arrays and pictures that --sample saved."""
+    files = {}
+    for path in folder.iterdir():
+        if path.suffix in (".npy", ".png"):
+            files[path.name] = path.read_bytes()
+    return files
+
+
+def test_samples_of_blocks_baseline_and_control_lie_beside_one_another_of_the_same_noise(
+        flags, tmp_path, monkeypatch):
+    # arrange: a `sample` that notes the networks and returns nothing but noise
+    sampled = []
+
+    def sample(nets, sampling, data):
+        sampled.append(nets)
+        return {"array": torch.randn(3), "picture": torch.randint(256, (2, 2, 3), dtype=torch.uint8)}
+    monkeypatch.setattr(dit, "sample", sample)
+    train_all_parts(flags("dit", "--steps=1", f"--out={tmp_path}"))
+    command = ["--model=dit", "--sample", f"--out={tmp_path}"]
+
+    # act
+    for part in ([], ["--end-to-end"], ["--control"]):
+        train.main([*command, *part])
+
+    # check: each is of its networks
+    blocks, baseline, control = sampled
+    assert [block.b for block in blocks] == [0, 1]
+    assert len(baseline.layers) == 2
+    assert len(control.layers) == 1
+    # check: each has files of its own, with the same noise
+    files = sample_files(tmp_path / "dit")
+    assert set(files) == {"array.npy", "array_end_to_end.npy", "array_control.npy",
+                          "picture.png", "picture_end_to_end.png", "picture_control.png"}
+    assert len(set(files.values())) == 2  # one array, one picture
+
+    # check: another seed is other noise
+    train.main([*command, "--end-to-end", "--seed=1"])
+    again = sample_files(tmp_path / "dit")
+    changed = {name for name in files if again[name] != files[name]}
+    assert changed == {"array_end_to_end.npy", "picture_end_to_end.png"}
+
+
+# ---- Precision, compiled layers, memory, threads ----------------------------------------------------------
+
+@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("float32", torch.float32)])
+def test_products_of_training_and_validation_have_the_precision_that_was_asked_for(
+        precision, dtype, flags, tmp_path, monkeypatch):
+    in_training, in_validation = set(), set()
+    real = F.linear
+
+    def linear(x, weight, bias=None):
+        out = real(x, weight, bias)
+        seen = in_training if torch.is_grad_enabled() else in_validation
+        seen.add(out.dtype)
+        return out
+    monkeypatch.setattr(F, "linear", linear)
+    train.main(flags("vit", "--end-to-end", f"--precision={precision}", f"--out={tmp_path}"))
+    assert in_training == in_validation == {dtype}
+
+
+@pytest.mark.parametrize("compile, n_compiled", [("off", 0), ("on", 3)])
+def test_layers_are_compiled_if_asked_for_and_only_then(compile, n_compiled, monkeypatch):
+    compiled = []
+
+    def note(function):
+        compiled.append(function)
+        return function
+    monkeypatch.setattr(torch, "compile", note)
+    net = vit.Block(tiny(vit, layer_split="3,1"), 0)
+    train.prepare_layers(net, train.Training(compile=compile), train.Run())
+    assert len(compiled) == n_compiled
+
+
+def kept_for_backward(module, checkpointed):
+    """How many numbers a forward pass of the baseline keeps, and the gradients that it leads to."""
+    source = SimpleNamespace(batch=lambda n, config, index: BATCH[module])
+    training = train.Training(batch_size=6)
+    run = train.Run(checkpoint_activations=checkpointed)
+    learner = train.Learner(train.Job(module.__name__, module, "end_to_end", tiny(module), training, run,
+                                      source, CPU))
+    sizes = []
+
+    def keep(x):
+        sizes.append(x.numel())
+        return x
+    batch = train.draw(learner, 0)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        train.forward_backward(learner, batch)
+    return sum(sizes), [p.grad for p in learner.net.parameters() if p.grad is not None]
+
+
+@each(*MODELS)
+def test_checkpointed_activations_keep_less_for_the_backward_pass(module):
+    all_kept, gradients = kept_for_backward(module, checkpointed=False)
+    kept, recomputed = kept_for_backward(module, checkpointed=True)
+    assert kept < all_kept / 2
+    for gradient, other in zip(gradients, recomputed, strict=True):
+        assert torch.equal(gradient, other)
+
+
+def test_threads_are_as_many_as_are_asked_for():
+    train.set_up(train.Run(device="cpu", threads=2), train.Training())
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("[enforce fail at a.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to "
+                 "allocate 9 bytes."),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 1 GiB"),
+    MemoryError()])
+def test_too_little_memory_is_one_line(error):
+    assert train.is_out_of_memory(error)
+    line = train.out_of_memory_line(error)
+    assert line.startswith("not enough memory (")
+    for noise in ("enforce", "GPU 0", "\n"):
+        assert noise not in line
+
+
+def test_another_error_is_not_about_memory():
+    assert not train.is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+# ---- Pretended devices: a GPU, its recorded updates, an Apple GPU -----------------------------------------
 #
-# A CUDA graph, played on the CPU. While an update is recorded, `Recording` lists the operators that touch the
+# These tests need no GPU. A tensor "on the device" is a CPU tensor whose storage carries a mark, `place`. Two
+# modes of torch keep the marks:
+#   PretendGPU sees each call from Python. It answers x.device and x.is_cuda by the mark, and marks what is
+#     moved to the device or made there.
+#   Kernels sees each operator that is computed, those of the backward pass and of the optimizer, too. What an
+#     operator makes of marked tensors is marked.
+# So two kinds of faults are found: an operator that is given tensors of both the CPU and the device, and, in
+# every second update (it logs and saves nothing), whatever would make the CPU wait for the device.
+#
+# A CUDA graph is played, too. While an update is recorded, `Recording` lists the operators that touch the
 # device, with their arguments; whatever they changed is put back, since a real recording computes nothing. A
 # replay runs the list again, on the same tensors and with the same Python numbers, and puts what an operator
-# returns into the tensors that it returned while it was recorded. So a number that was baked in, a tensor that
-# was replaced, or a draw on the CPU shows as other weights than without a recording.
+# returns into the tensors that it returned while it was recorded. So a number that was baked in, a tensor
+# that was replaced, or a draw on the CPU shows as other weights than without a recording.
+#
+# An Apple GPU is the same under the name mps. It has no float64: a float64 tensor on it is a fault. Waiting
+# is none, and nothing is recorded.
+#
+# What this cannot notice: time and memory; what GPU kernels compute (here the CPU's do), and which of them
+# are missing or forbidden in a recording; what torch.compile makes of a layer (here it does nothing); bf16
+# (is_bf16_supported says no); races between streams, and memory that is written before a copy beside the
+# computation is done; code in C++ that asks a tensor for its device (the one place that the optimizer needs
+# is replaced). `python results/check_gpu.py` looks at a real GPU.
 
-DRAWS = {"rand", "randn", "randint", "randperm", "poisson", "bernoulli", "bernoulli_", "randn_like", "rand_like",
-         "normal_", "uniform_", "native_dropout"}
-
-
-def storage(x):
-    return x.untyped_storage().data_ptr()
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "bincount")
+DRAWS = ("rand", "randn", "randint", "randperm", "poisson", "bernoulli", "bernoulli_", "randn_like",
+         "rand_like", "normal_", "uniform_", "native_dropout")
 
 
 def tensors_in(*values):
     return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
 
 
+def where(x):
+    """Where a tensor pretends to be: device, pinned or cpu."""
+    return getattr(x.untyped_storage(), "place", "cpu")
+
+
+def is_on_device(x):
+    return where(x) == "device"
+
+
+def any_on_device(*values):
+    return any(map(is_on_device, tensors_in(*values)))
+
+
+def put(values, place="device"):
+    """Mark all tensors in `values`. Returns `values`."""
+    for x in tensors_in(values):
+        if x.device.type == "cpu":
+            x.untyped_storage().place = place
+    return values
+
+
+def returning(value):
+    """A function of anything that returns this value."""
+    def function(*args, **kwargs):
+        return value
+    return function
+
+
+class PretendGPU(TorchFunctionMode):
+    """Python's view of a device that is not there: see above."""
+
+    def __init__(self, patch, name="cuda", may_wait=False):
+        super().__init__()
+        self.name = name
+        self.device = torch.device(name, 0)
+        self.may_wait = may_wait
+        self.faults = []               # a fault is an error, too, but an error may be caught
+        self.updates = 0               # steps of an optimizer
+        self.makes_on_device = False   # where the call of now makes tensors, if it is given none
+        self.kernels = Kernels(self)
+        self.replace_functions(patch)
+
+    def replace_functions(self, patch):
+        """What torch knows of devices without being asked about a tensor."""
+        patch.setattr(torch.backends.mps, "is_available", returning(self.name == "mps"))
+        patch.setattr(torch.cuda, "is_available", returning(self.name == "cuda"))
+        patch.setattr(torch.cuda, "device_count", returning(1))
+        patch.setattr(torch.cuda, "set_device", self.set_device)
+        patch.setattr(torch.cuda, "is_bf16_supported", returning(False))
+        patch.setattr(torch.cuda, "max_memory_allocated", returning(2 ** 20))
+        patch.setattr(torch.cuda, "is_current_stream_capturing", returning(False))
+        patch.setattr(torch.cuda, "Stream", returning(None))
+        patch.setattr(torch.cuda, "set_stream", returning(None))
+        step = torch.optim.AdamW.step
+        group = torch._C._group_tensors_by_device_and_dtype
+
+        def counted_step(optimizer):
+            step(optimizer)
+            self.updates += 1
+
+        def group_by_mark(*args):
+            groups = {}
+            for (_, dtype), content in group(*args).items():
+                first = content[0][0][0]
+                device = self.device if is_on_device(first) else torch.device("cpu")
+                groups[device, dtype] = content
+            return groups
+        patch.setattr(torch.optim.AdamW, "step", counted_step)
+        patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", group_by_mark)
+
+    def set_device(self, device):
+        if torch.device(device).index is None:
+            self.fault(f"Expected a torch.device with a specified index, but got: {device}")
+
+    def fault(self, what):
+        self.faults.append(what)
+        raise RuntimeError(what)
+
+    def wait(self, what):
+        if self.updates % 2 == 1 and not self.may_wait:
+            self.fault(f"{what} waits for the device within an update")
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = function.__name__
+        on_device = any_on_device(args, kwargs)
+        if on_device and function == torch.Tensor.device.__get__:
+            return self.device
+        if on_device and function == torch.Tensor.is_cuda.__get__:
+            return self.name == "cuda"
+        if name == "pin_memory":
+            return put(args[0].clone(), "pinned")
+        if name in ("to", "cpu", "cuda"):
+            return self.move(name, *args, **kwargs)
+        if on_device and name in ("numpy", "__array__"):
+            self.fault("a tensor on the device cannot be converted to numpy")
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == self.name:
+            on_device = True
+            kwargs["device"] = "cpu"  # where it is made in truth
+        if on_device and name in ("tolist", "tensor", "as_tensor"):
+            self.wait(name)
+        outer, self.makes_on_device = self.makes_on_device, on_device
+        try:
+            returned = function(*args, **kwargs)
+        finally:
+            self.makes_on_device = outer
+        return put(returned) if on_device else returned
+
+    def move(self, name, x, *args, non_blocking=False, **kwargs):
+        """x.to(...), x.cpu() or x.cuda(): x itself, or a copy with another mark. Some copies wait."""
+        given = [*args, *kwargs.values()]
+        dtypes = [a for a in given if isinstance(a, torch.dtype)]
+        target = self.place_after(name, x, given)
+        if target == where(x):
+            return x.to(*dtypes) if dtypes else x
+        stays_off_device = {target, where(x)} == {"cpu", "pinned"}
+        runs_beside = non_blocking and where(x) == "pinned"
+        if not stays_off_device and not runs_beside:
+            self.wait(f"a copy to the {target}")
+        return put(x.to(*dtypes, copy=True), target)
+
+    def place_after(self, name, x, given):
+        """Where x is after x.to(*given), x.cpu() or x.cuda()."""
+        if name == "cpu":
+            return "cpu"
+        if name == "cuda":
+            return "device"
+        for a in given:
+            if isinstance(a, torch.Tensor):
+                return where(a)
+            if isinstance(a, (str, torch.device)):
+                return "device" if torch.device(a).type == self.name else "cpu"
+        return where(x)
+
+
+class Kernels(TorchDispatchMode):
+    """The operators that are computed on the pretended device."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu = gpu
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        given = tensors_in(args, kwargs)
+        on_device = self.runs_on_device(given)
+        if on_device and given:
+            self.count += 1
+            self.check(name, given)
+        returned = function(*args, **kwargs)
+        if on_device:
+            self.check_dtypes(name, returned)
+            put(returned)
+        return returned
+
+    def runs_on_device(self, given):
+        """Whether an operator does, with the tensors that it was given."""
+        if given:
+            return any(map(is_on_device, given))
+        return self.gpu.makes_on_device
+
+    def check(self, name, given):
+        """A fault if the operator waits for the device, or mixes tensors of CPU and device."""
+        masks = [x for x in given[1:] if x.dtype in (torch.bool, torch.uint8)]
+        elsewhere = [x for x in given if not is_on_device(x)]
+        if name in WAITS or (name.startswith("index") and masks):
+            self.gpu.wait(name)
+        elif name in ("copy_", "_to_copy"):
+            if elsewhere:
+                self.gpu.wait(name)
+        elif any(x.dim() > 0 for x in elsewhere):  # a single number may be on the CPU
+            self.gpu.fault(f"{name} mixes tensors of CPU and device")
+
+    def check_dtypes(self, name, returned):
+        """A fault if the operator makes float64 on an Apple GPU."""
+        if self.gpu.name == "mps":
+            if any(x.dtype == torch.float64 for x in tensors_in(returned)):
+                self.gpu.fault(f"{name} makes a float64 tensor on the device")
+
+
+@contextlib.contextmanager
+def pretended(monkeypatch, name="cuda", **more):
+    """A pretended device, within this block. Yields the PretendGPU; no fault may be left at the end."""
+    with PretendGPU(monkeypatch, name, **more) as gpu, gpu.kernels:
+        yield gpu
+    assert gpu.faults == []
+    assert gpu.kernels.count > 0
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_a_model_trains_resumes_is_scored_and_sampled_and_on_a_gpu_no_update_waits(
+        model, flags, tmp_path, monkeypatch, capsys):
+    # arrange: a baseline cut on the CPU after two updates, to be resumed on the device
+    common = flags(model, f"--out={tmp_path}", "--compile=off")
+    cut(monkeypatch, [*common, "--end-to-end"])
+    asked = [f"--model={model}", f"--out={tmp_path}"]
+
+    with pretended(monkeypatch) as gpu:
+        train.main([*asked, "--end-to-end", "--resume"])
+        train.main([*common, "--block=all"])
+        train.main([*common, "--control"])
+        n_blocks = 1 if model == "recurrent" else 2
+        assert gpu.updates == 2 + 4 * n_blocks + 4
+        train.main([*asked, "--eval"])
+        for part in ([], ["--end-to-end"], ["--control"]):
+            capsys.readouterr()
+            train.main([*asked, "--sample", *SAMPLE[model], *part])
+            assert capsys.readouterr().out.strip()
+    assert gpu.kernels.count > 1000
+
+    assert train.load(tmp_path / model / "end_to_end.pt", model)["step"] == 4
+    report = report_of(tmp_path / model)
+    assert report["device"] == "cuda:0"
+    assert set(report["updates"].values()) == {4}
+    rows = list(list(report["tables"].values())[0])
+    assert rows[:2] == ["end to end", "control"]
+    assert any(row.startswith("blocks") for row in rows)
+    for table in report["tables"].values():
+        for row in table.values():
+            assert np.isfinite(list(row.values())).all()
+
+
+# -- recorded updates
+
+def storage(x):
+    return x.untyped_storage().data_ptr()
+
+
 class PretendGraph:
+    """A list of operators in the place of a torch.cuda.CUDAGraph."""
+
     def __init__(self):
         self.operators = []  # (function, args, kwargs, what it returned, the storages that it made)
         self.replays = 0
@@ -968,6 +2158,8 @@ class PretendGraph:
 
 
 class Recording(TorchDispatchMode):
+    """Lists the operators on the device in a PretendGraph, and remembers what they write to."""
+
     def __init__(self, graph):
         super().__init__()
         self.graph = graph
@@ -978,16 +2170,16 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = function.overloadpacket.__name__
-        on_device = any(where(x) == "cuda" for x in tensors_in(args, kwargs))
+        given = tensors_in(args, kwargs)
         assert name != "_pin_memory", "pinned memory while recording"
-        assert not (on_device and name in WAITS), f"{name} waits for the device while recording"
+        if name in WAITS:
+            assert not any_on_device(given), f"{name} waits for the device while recording"
         self.remember_what_is_written(function, args)
         returned = function(*args, **kwargs)
-        given = {storage(x) for x in tensors_in(args, kwargs)}
-        made = {storage(x) for x in tensors_in(returned)} - given
+        made = {storage(x) for x in tensors_in(returned)} - {storage(x) for x in given}
         self.made |= made
         self.kept += [args, returned]
-        if on_device or any(where(x) == "cuda" for x in tensors_in(returned)):
+        if any_on_device(given, returned):
             self.graph.operators.append((function, args, kwargs, returned, made))
         return returned
 
@@ -1017,14 +2209,20 @@ class CountsCPUDraws(TorchDispatchMode):
 
     def __init__(self, gpu):
         super().__init__()
-        self.gpu, self.count = gpu, 0
+        self.gpu = gpu
+        self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = tensors_in(args, kwargs)
-        on_device = any(where(x) == "cuda" for x in given) if given else self.gpu.on_device
+        kwargs = kwargs or {}
+        on_device = self.gpu.kernels.runs_on_device(tensors_in(args, kwargs))
         if function.overloadpacket.__name__ in DRAWS and not on_device:
             self.count += 1
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def as_it_is(function):
+    """In the place of torch.compile."""
+    return function
 
 
 @contextlib.contextmanager
@@ -1035,38 +2233,32 @@ def recording_gpu(monkeypatch):
     def make_graph():
         graphs.append(PretendGraph())
         return graphs[-1]
-    monkeypatch.setattr(train, "EXAMPLES_PER_CHUNK", 16)  # four batches: nine updates need three draws
-    monkeypatch.setattr(PretendGPU, "wait", lambda self, what: None)  # replayed updates are not counted
+    monkeypatch.setattr(train, "EXAMPLES_PER_CHUNK", 8)  # two batches: six updates need three draws
     monkeypatch.setattr(torch.cuda, "CUDAGraph", make_graph)
     monkeypatch.setattr(torch.cuda, "graph", pretend_recording)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    with PretendGPU(monkeypatch) as gpu, gpu.kernels, CountsCPUDraws(gpu) as draws:
+    monkeypatch.setattr(torch.cuda, "current_stream", returning(None))
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", returning(None))
+    monkeypatch.setattr(torch, "compile", as_it_is)
+    # replayed updates are not counted, so that it is not known which of them log
+    with pretended(monkeypatch, may_wait=True) as gpu, CountsCPUDraws(gpu) as draws:
         monkeypatch.setattr(train, "cpu_random_state", lambda: draws.count)
         yield graphs
-    assert not gpu.faults
 
 
-def unrecorded(monkeypatch):
-    """From now on no update is recorded; all else is as on the pretended GPU."""
-    monkeypatch.setattr(train, "can_be_recorded", lambda job: False)
-
-
-@pytest.mark.parametrize("model", list(SMALL))
+@pytest.mark.parametrize("model", SMALL)
 def test_a_recorded_update_is_the_update(model, flags, tmp_path, monkeypatch):
-    common = flags(model, "--steps=9", "--warmup=3", "--log-every=4")
-    parts = ("--block=all", "--end-to-end", "--control")
+    common = flags(model, "--steps=6", "--warmup=3", "--log-every=4")
     with recording_gpu(monkeypatch) as graphs:
-        for part in parts:
-            train.main([*common, part, f"--out={tmp_path}/recorded"])
-        unrecorded(monkeypatch)
-        for part in parts:
-            train.main([*common, part, f"--out={tmp_path}/plain"])
+        train_all_parts([*common, f"--out={tmp_path}/recorded"])
+        monkeypatch.setattr(train, "can_be_recorded", returning(False))
+        train_all_parts([*common, f"--out={tmp_path}/plain"])
+
     # recurrent's baseline and control draw the number of their passes on the CPU
-    assert len(graphs) == (1 if model == "recurrent" else 4)
-    assert [graph.replays for graph in graphs] == [6] * len(graphs)
-    for path in (tmp_path / "recorded" / model).glob("*.pt"):
+    n_recorded = 1 if model == "recurrent" else 4
+    assert [graph.replays for graph in graphs] == [3] * n_recorded
+    paths = list((tmp_path / "recorded" / model).glob("*.pt"))
+    assert len(paths) == (3 if model == "recurrent" else 4)
+    for path in paths:
         other = tmp_path / "plain" / model / path.name
         assert weights(path) == weights(other)
         assert untimed_log(path) == untimed_log(other)
@@ -1078,8 +2270,7 @@ def test_a_recorded_run_goes_on_within_a_chunk_of_batches_to_the_same_bits(flags
         train.main([*common, f"--out={tmp_path}/whole"])
         cut(monkeypatch, [*common, f"--out={tmp_path}/cut"])
         train.main([*common, f"--out={tmp_path}/cut", "--resume"])
-    whole, again = (tmp_path / name / "vit/end_to_end.pt" for name in ("whole", "cut"))
-    assert weights(whole) == weights(again)
+    assert weights(tmp_path / "whole/vit/end_to_end.pt") == weights(tmp_path / "cut/vit/end_to_end.pt")
 
 
 @pytest.mark.parametrize("more", ["--accumulate=2", "--checkpoint-activations", "--compile=off"])
@@ -1090,8 +2281,11 @@ def test_what_cannot_be_recorded_runs_unrecorded(more, flags, tmp_path, monkeypa
     assert train.load(tmp_path / "gpt/block_0.pt", "gpt")["step"] == 6
 
 
-def test_a_model_that_waits_for_the_device_is_not_recorded_and_is_told_so(flags, tmp_path, monkeypatch, capsys):
-    def forward(self, batch, real=gpt.Block.forward):
+def test_a_model_that_waits_for_the_device_is_not_recorded_and_is_told_so(
+        flags, tmp_path, monkeypatch, capsys):
+    real = gpt.Block.forward
+
+    def forward(self, batch):
         warnings.warn("called a synchronizing CUDA operation")  # as torch does in its mode "warn"
         return real(self, batch)
     monkeypatch.setattr(gpt.Block, "forward", forward)
@@ -1112,880 +2306,140 @@ def test_an_error_while_recording_is_one_line_that_says_what_to_do(flags, tmp_pa
     assert "\n" not in str(error.value)
 
 
-def test_the_check_of_a_gpu_compares_recorded_with_unrecorded_updates(flags, tmp_path, monkeypatch):
-    with recording_gpu(monkeypatch) as graphs:
-        setup = check_gpu.begin(flags("gpt", "--end-to-end", f"--out={tmp_path}"))
-        distances = check_gpu.compare(setup, "block_0", 6)
-    assert [graph.replays for graph in graphs] == [3]          # one of the three runs
-    assert set(distances.values()) == {0.0}
+def draw_torch(batch):
+    torch.rand(1)
 
 
-# ---- A pretended Apple GPU --------------------------------------------------------------------------------
+def draw_numpy(batch):
+    np.random.rand()
 
-@pytest.mark.parametrize("model", list(SMALL))
-def test_no_float64_is_on_a_device_that_has_none(model, flags, tmp_path, monkeypatch, capsys):
-    common = flags(model, f"--out={tmp_path}")
-    with PretendGPU(monkeypatch, "mps") as gpu, gpu.kernels:
-        for part in ("--block=all", "--end-to-end", "--control"):
-            train.main([*common, part])
-        train.main([f"--model={model}", "--eval", f"--out={tmp_path}"])
-        train.main([f"--model={model}", "--sample", f"--out={tmp_path}", *SAMPLE.get(model, [])])
-    assert not gpu.faults and gpu.kernels.count > 1000
-    assert json.loads((tmp_path / model / "eval.json").read_text())["device"] == "mps:0"
 
+def draw_python(batch):
+    random.random()
 
-# ---- One update, written out ------------------------------------------------------------------------------
 
-class Toy(nn.Module):
-    """A network with a matrix, an embedding, a norm and a bias, whose loss is large enough to be clipped."""
+@pytest.mark.parametrize("draws", [draw_torch, draw_numpy, draw_python])
+def test_a_watched_call_notices_every_generator(draws, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", returning(None))
+    assert train.Recorded(draws).watch(None) == "draws random numbers on the CPU"
+    assert train.Recorded(returning(None)).watch(None) == ""
 
-    def __init__(self, config=None, b=0):
-        super().__init__()
-        self.embed, self.norm, self.linear = nn.Embedding(5, 4), nn.RMSNorm(4), nn.Linear(4, 3)
 
-    def forward(self, batch):
-        h = self.linear(self.norm(self.embed(batch[:, 0].abs().long() % 5))) - batch[:, 1:]
-        return (h ** 2).mean() * 3
+def test_a_watched_call_leaves_the_mode_as_it_was_also_after_an_error(monkeypatch):
+    def fail(batch):
+        raise ZeroDivisionError
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    train.Recorded(returning(None)).watch(None)
+    assert modes == ["warn", "default"]
+    with pytest.raises(ZeroDivisionError):
+        train.Recorded(fail).watch(None)
+    assert modes == ["warn", "default"] * 2
 
 
-def test_updates_are_those_of_adamw_written_out(tmp_path):
-    batches, step_of = [], []
-
-    def batch(n, config, index):
-        step_of.append(index)
-        batches.append(3 * torch.randn(n, 4))
-        return batches[-1]
-    source = SimpleNamespace(settings=mlp.Sampling(), about={"fingerprint": ""}, batch=batch,
-                             held_out=lambda n, config: torch.ones(n, 4))
-    training = train.Training(steps=5, batch_size=6, accumulate=3, lr=.02, beta2=.9, weight_decay=.3,
-                              warmup=2, final_lr=.1, clip=10.0)
-    torch.manual_seed(train.seed_of(0, "block_0 weights"))
-    before, norms = dict(Toy().named_parameters()), []
-    train.train(train.Job("toy", SimpleNamespace(Block=Toy), "block_0", mlp.Sampling(), training,
-                          train.Run(out=str(tmp_path), save_every=99, log_every=99), source,
-                          torch.device("cpu")))
-    after = torch.load(tmp_path / "toy/block_0.pt", weights_only=True)["net"]
-    lrs = [.01, .02, .02, .02 * (.1 + .9 * .75), .02 * (.1 + .9 * .25)]     # warm-up, then a cosine over 3
-    moments = {k: (0, 0) for k in before}
-    for t, lr in enumerate(lrs, 1):
-        net = Toy()
-        net.load_state_dict(before)
-        net(torch.cat(batches[3 * t - 3:3 * t])).backward()                 # the mean over all six at once
-        grads = {k: p.grad for k, p in net.named_parameters()}
-        norms.append(sum((g ** 2).sum() for g in grads.values()).sqrt().item())
-        for k, g in grads.items():
-            g = g * min(1, 10 / norms[-1])
-            m, v = .9 * moments[k][0] + .1 * g, .9 * moments[k][1] + .1 * g ** 2
-            moments[k] = m, v
-            decay = .3 if k in ("embed.weight", "linear.weight") else 0
-            step = (m / (1 - .9 ** t)) / ((v / (1 - .9 ** t)).sqrt() + 1e-8)
-            before[k] = before[k].detach() * (1 - lr * decay) - lr * step
-    assert step_of == list(range(15)) and min(norms) < 10 < max(norms)       # some are clipped, some are not
-    for k, p in before.items():
-        torch.testing.assert_close(after[k], p, rtol=1e-4, atol=1e-6)
-
-
-# ---- Same bits --------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("model", ["mdm", "vit"])  # with a running mean; with augmentation and dropout
-def test_a_run_cut_and_resumed_ends_at_the_bits_of_one_that_was_not(model, flags, tmp_path, monkeypatch):
-    more = ["--steps=5", "--accumulate=2", "--block=0"]
-    train.main(flags(model, *more, f"--out={tmp_path}/whole"))
-    cut(monkeypatch, flags(model, *more, f"--out={tmp_path}/cut"))
-    train.main([f"--model={model}", "--block=0", "--resume", "--log-every=2", f"--out={tmp_path}/cut"])
-    whole, again = (tmp_path / name / model / "block_0" for name in ("whole", "cut"))
-    assert weights(whole.with_suffix(".pt")) == weights(again.with_suffix(".pt"))
-    logs = [[{k: v for k, v in json.loads(line).items() if k != "ms"}
-             for line in path.with_suffix(".jsonl").read_text().splitlines()] for path in (whole, again)]
-    assert [row["step"] for row in logs[0]] == [2, 4, 5]
-    assert [row["val_loss"] for row in logs[0]] == [row["val_loss"] for row in logs[1]]
-    net, state = train.trained(importlib.import_module(model), model, "block_0", tmp_path / "cut", "cpu")
-    assert all(torch.equal(p, (state["average"] or state["net"])[k]) for k, p in net.state_dict().items())
-
-
-def test_logging_and_checkpointed_activations_change_no_weight(flags, tmp_path):
-    for out, more in (("a", "--seed=0"), ("b", "--log-every=1"), ("c", "--checkpoint-activations")):
-        train.main(flags("vit", "--dropout=.3", "--block=1", "--log-every=99", "--save-every=99", more,
-                         f"--out={tmp_path}/{out}"))
-    assert weights(tmp_path / "a/vit/block_1.pt") == weights(tmp_path / "b/vit/block_1.pt")
-    assert weights(tmp_path / "a/vit/block_1.pt") == weights(tmp_path / "c/vit/block_1.pt")
-
-
-def test_every_part_update_and_piece_has_random_numbers_of_its_own(flags, tmp_path, monkeypatch):
-    seeds, starts, real = [], [], data.text.Data.batch
-
-    def batch(self, n, config, index):
-        seeds.append(torch.initial_seed())
-        windows = real(self, n, config, index)
-        starts.append(windows.numpy().tobytes() + torch.rand(1).numpy().tobytes())
-        return windows
-    monkeypatch.setattr(data.text.Data, "batch", batch)
-    for part in ("--block=all", "--end-to-end", "--control"):
-        train.main(flags("gpt", part, "--accumulate=2", f"--out={tmp_path}"))
-    assert len(set(seeds)) == len(set(starts)) == len(seeds) == 4 * 4 * 2
-    train.main(flags("gpt", "--block=0", "--seed=1", f"--out={tmp_path}/1"))
-    assert len(set(seeds)) == 4 * 4 * 2 + 4
-    nets = [weights(tmp_path / f"gpt/block_{b}.pt")[0] for b in range(2)]
-    assert all(nets[0][k] != nets[1][k] for k in nets[0])
-
-
-def test_a_block_has_the_same_bits_alone_and_two_processes_a_block_share_its_batch(place, flags, tmp_path):
-    train.main(flags("vit", "--block=all", "--accumulate=2", f"--out={tmp_path}/all"))
-    alone = started(place, *flags("vit", "--block=1", "--accumulate=2", f"--out={tmp_path}/alone"))
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    four = started(place, *flags("vit", "--block=all", f"--out={tmp_path}/ranks"), before=ranks)
-    for child in (alone, four):
-        text, _ = child.communicate()
-        assert child.returncode == 0, text
-    assert not (tmp_path / "alone/vit/block_0.pt").exists()
-    assert weights(tmp_path / "all/vit/block_1.pt") == weights(tmp_path / "alone/vit/block_1.pt")
-    for b in range(2):
-        one, two = (train.load(tmp_path / f"{name}/vit/block_{b}.pt", "vit") for name in ("all", "ranks"))
-        assert one["training"] == two["training"] and one["log"][0]["val_loss"] != one["log"][1]["val_loss"]
-        for k, p in one["net"].items():
-            torch.testing.assert_close(two["net"][k], p, rtol=1e-5, atol=1e-6)
-
-
-def test_a_killed_run_resumes_an_interrupted_one_prints_how_to_go_on(place, flags, tmp_path):
-    common, path = flags("gpt", "--block=0", "--steps=150", "--log-every=9"), tmp_path / "a b/gpt/block_0.pt"
-    train.main([*common, f"--out={tmp_path}/whole"])
-    child = started(place, *common, f"--out={tmp_path}/a b")
-    while not path.exists() and child.poll() is None:
-        time.sleep(.005)
-    child.kill()
-    child.communicate()
-    killed_at = train.load(path, "gpt")["step"]
-    assert child.returncode == -signal.SIGKILL and 0 < killed_at < 150
-    child = started(place, *common, f"--out={tmp_path}/a b", "--resume")
-    lines = [next(line for line in child.stdout if "| step " in line)]  # it trains
-    child.send_signal(signal.SIGINT)
-    lines += child.stdout.read().splitlines()
-    assert child.wait() == 130, lines
-    step = train.load(path, "gpt")["step"]
-    assert killed_at < step < 150 and f"holds update {step} of 150; go on: the same" in lines[-1]
-    train.main(["--model=gpt", "--block=0", f"--out={tmp_path}/a b", "--resume"])
-    assert weights(path) == weights(tmp_path / "whole/gpt/block_0.pt")
-
-
-# ---- Promises of training that were once thinly guarded ---------------------------------------------------
-
-CPU = torch.device("cpu")
-FIVE_ROWS = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))  # held out; cut into 2, 2 and 1
-
-
-def toy_job(out, net=Toy, run=None, **training):
-    """A Job that trains a Toy on random rows, six in an update, and validates it on FIVE_ROWS."""
-    module = SimpleNamespace(Config=mlp.Sampling, Block=net)  # mlp.Sampling has no fields
-    source = SimpleNamespace(settings=mlp.Sampling(), about={"fingerprint": ""},
-                             batch=lambda n, config, index: torch.randn(n, 4),
-                             held_out=lambda n, config: FIVE_ROWS)
-    return train.Job("toy", module, "block_0", mlp.Sampling(), train.Training(batch_size=6, **training),
-                     train.Run(out=str(out), **(run or {})), source, CPU)
-
-
-def log_of(path):
-    """The rows of the log beside a checkpoint."""
-    return [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
-
-
-def jobs_of(monkeypatch, args):
-    """What train.main would train, without training it."""
-    jobs = []
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train", jobs.append)
-        train.main(args)
-    return jobs
-
-
-def without_steps(args):
-    return [arg for arg in args if not arg.startswith("--steps")]
-
-
-# -- the running mean, validation, log lines
-
-def test_the_running_mean_is_carried_with_a_decay_that_warms_up(tmp_path):
-    learner = train.Learner(toy_job(tmp_path, ema=.3, lr=.1, warmup=0, steps=5, accumulate=2))
-    mean = copy.deepcopy(learner.net.state_dict())
-    for update in range(1, 6):
-        train.update(learner)
-        decay = min(.3, (1 + update) / (10 + update))                       # 2/11, 3/12, then .3
-        for name, weight in learner.net.state_dict().items():
-            mean[name] = decay * mean[name] + (1 - decay) * weight
-    for name, weight in learner.average.state_dict().items():
-        torch.testing.assert_close(weight, mean[name], rtol=1e-4, atol=1e-6)
-
-
-def test_the_running_mean_is_what_is_validated_saved_and_scored(tmp_path):
-    job = toy_job(tmp_path, ema=.5, lr=.1, warmup=0, steps=5)
-    train.train(job)
-    state, mean, last = train.load(job.path, "toy"), Toy(), Toy()
-    mean.load_state_dict(state["average"])
-    last.load_state_dict(state["net"])
-    logged = state["log"][-1]["val_loss"]
-    assert logged == pytest.approx(mean(FIVE_ROWS).item(), rel=1e-5)
-    assert logged != pytest.approx(last(FIVE_ROWS).item(), rel=1e-3)
-    scored, _ = train.trained(job.module, "toy", "block_0", tmp_path, CPU)
-    assert scored(FIVE_ROWS).item() == mean(FIVE_ROWS).item()
-
-
-class Mean(nn.Module):
-    """Its loss is the mean of what it is given, and of the product of two columns."""
-
-    def forward(self, batch):
-        return batch.mean() if torch.is_tensor(batch) else (batch[0] * batch[1]).mean()
-
-
-@pytest.mark.parametrize("n", range(1, 10))
-def test_the_validation_loss_is_the_mean_over_rows_however_they_are_cut(n):
-    rows = torch.arange(n).float() ** 2
-    assert train.validate(Mean(), rows) == pytest.approx(rows.mean().item())
-    assert train.validate(Mean(), (rows, rows)) == pytest.approx((rows ** 2).mean().item())
-
-
-class Noise(nn.Module):
-    """Its loss is noise, of ones with dropout."""
-
-    def __init__(self, config=None, b=0):
-        super().__init__()
-        self.weight, self.dropout = nn.Parameter(torch.ones(2, 2)), nn.Dropout(.5)
-
-    def forward(self, batch):
-        return 1e3 * self.dropout(torch.ones(99)).mean() + torch.rand(()) + 0 * self.weight.sum()
-
-
-def test_validation_is_without_dropout_and_with_the_same_noise_at_every_line(tmp_path):
-    job = toy_job(tmp_path, Noise, dict(log_every=1), steps=4)
-    train.train(job)
-    rows = log_of(job.path)
-    assert len({row["val_loss"] for row in rows}) == 1 and len({row["loss"] for row in rows}) == 4
-    assert 1e3 <= rows[0]["val_loss"] < 1e3 + 1                             # dropout would make it another
-    for mode in (True, False):
-        net = Noise().train(mode)
-        assert train.validate(net, FIVE_ROWS) == pytest.approx(rows[0]["val_loss"])
-        assert net.training == net.dropout.training == mode and net.weight.grad is None
-
-
-@pytest.mark.parametrize("log_every, save_every, lines, checkpoints", [
-    (3, 4, [3, 6, 7], [4, 7]), (1, 9, [1, 2, 3, 4, 5, 6, 7], [7]), (0, 0, [7], [7])])
-def test_lines_and_checkpoints_come_when_asked_with_the_mean_loss_since_the_line_before(
-        log_every, save_every, lines, checkpoints, tmp_path, monkeypatch, capsys):
-    losses, saved, save = [], [], train.save
-
-    class Recording(Toy):
-        def forward(self, batch):
-            loss = super().forward(batch)
-            if self.training:
-                losses.append(loss.item())
-            return loss
-
-    def recording_save(path, content):
-        if path.suffix == ".pt":
-            saved.append(content["step"])
-        save(path, content)
-    monkeypatch.setattr(train, "save", recording_save)
-    job = toy_job(tmp_path, Recording, dict(log_every=log_every, save_every=save_every), steps=7, accumulate=2,
-                  lr=.02, warmup=2, final_lr=.1)
-    train.train(job)
-    printed, rows = capsys.readouterr().out, log_of(job.path)
-    of_update = np.reshape(losses, (7, 2)).mean(1)                          # two pieces an update
-    assert [row["step"] for row in rows] == lines and saved == checkpoints
-    assert train.load(job.path, "toy")["log"] == rows
-    for before, row in zip([0, *lines], rows):
-        step = row["step"]
-        cosine = (1 + math.cos(math.pi * max(0, step - 3) / 5)) / 2         # over the five after the warm-up
-        lr = .01 if step == 1 else .02 * (.1 + .9 * cosine)
-        assert row["loss"] == pytest.approx(of_update[before:step].mean()) and row["lr"] == pytest.approx(lr)
-        assert (f"block 0 | step {step}/7 | loss {row['loss']:.4f} | val {row['val_loss']:.4f} | "
-                f"lr {row['lr']:.1e} | {row['ms']:.0f} ms/step") in printed
-    assert printed.count("| step ") == len(rows)
-
-
-# -- how long it trains
-
-def test_epochs_are_passes_over_images_or_over_windows_of_a_text(place, flags, tmp_path, monkeypatch):
-    n_bytes = len((place / "text.txt").read_bytes()) * 9 // 10              # the last tenth is held out
-    for model, examples in (("vit", 1347), ("gpt", n_bytes // 16)):         # digits; seq_len is 16
-        for pieces in (1, 2):
-            args = flags(model, "--block=all", "--epochs=2.5", f"--accumulate={pieces}", f"--out={tmp_path}")
-            jobs = jobs_of(monkeypatch, without_steps(args))
-            assert [job.training.steps for job in jobs] == [math.ceil(2.5 * examples / 4)] * 2
-
-
-@pytest.mark.parametrize("typed, steps, epochs", [
-    ("--preset=cpu", 1000, 10), ("--preset=cpu --steps=7", 7, 0), ("--preset=cpu --epochs=7", 1000, 7),
-    ("--preset=default", 1500, 0), ("--preset=default --epochs=7", 1500, 7), ("--steps=7", 7, 0)])
-def test_what_is_typed_of_steps_and_epochs_outvotes_the_preset(typed, steps, epochs):
-    values = train.values_of(train.parse(["--model=vit", "--block=0", *typed.split()]))
-    training = train.replaced(train.Training(), values)
-    assert (training.steps, training.epochs) == (steps, epochs)
-
-
-def test_steps_and_epochs_together_are_refused():
-    with pytest.raises(UserError, match="type one of them"):
-        train.values_of(train.parse(["--model=vit", "--block=0", "--steps=7", "--epochs=7"]))
-
-
-def test_a_run_of_epochs_goes_on_for_the_steps_or_epochs_that_are_typed(flags, tmp_path):
-    constant = flags("vit", "--block=0", "--final-lr=1")
-    path = tmp_path / "vit/block_0.pt"
-    resume = ["--model=vit", "--block=0", "--resume", f"--out={tmp_path}"]
-    train.main([*without_steps(constant), "--epochs=.005", f"--out={tmp_path}"])
-    assert train.load(path, "vit")["step"] == 2                             # .005 * 1347 / 4, rounded up
-    train.main([*resume, "--steps=3"])
-    state = train.load(path, "vit")
-    assert state["step"] == state["training"]["steps"] == 3 and state["training"]["epochs"] == 0
-    with pytest.raises(UserError, match=r"steps \(2; it has 3 already\)"):
-        train.main([*resume, "--epochs=.005"])
-    train.main([*resume, "--epochs=.01"])
-    train.main([*constant, "--steps=4", f"--out={tmp_path}/whole"])         # .01 * 1347 / 4, rounded up
-    assert weights(path) == weights(tmp_path / "whole/vit/block_0.pt")
-    asked = train.parse([*resume, "--preset=cpu", "--lr=.5"])
-    values = train.values_of(asked)                                         # typed, else saved, else preset
-    assert values["lr"] == .5 and values["n_embd"] == 16 and values["augment"] == "crop,flip,rand"
-    assert values["epochs"] == .01 and asked.preset["epochs"] == 10
-
-
-# -- memory and threads
-
-def test_threads_are_as_many_as_are_asked_for():
-    train.set_up(train.Run(device="cpu", threads=2), train.Training())
-    assert torch.get_num_threads() == 2
-
-
-@each(*MODELS)
-def test_checkpointed_activations_keep_less_for_the_backward_pass(module, tmp_path):
-    source = SimpleNamespace(batch=lambda n, config, index: BATCH[module])
-    kept, gradients = [], []
-    for checkpointed in (False, True):
-        training, run = train.Training(batch_size=6), train.Run(checkpoint_activations=checkpointed)
-        learner = train.Learner(train.Job(module.__name__, module, "end_to_end", tiny(module), training, run,
-                                          source, CPU))
-        sizes = []
-
-        def keep(x):
-            sizes.append(x.numel())
-            return x
-        batch = train.draw(learner, 0)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            train.forward_backward(learner, batch)
-        kept.append(sum(sizes))
-        gradients.append([p.grad for p in learner.net.parameters() if p.grad is not None])
-    assert kept[1] < kept[0] / 2
-    for plain, recomputed in zip(*gradients, strict=True):
-        assert torch.equal(plain, recomputed)
-
-
-# -- signals, ranks, pipes
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_update_end_and_saves_it(number, flags, tmp_path, monkeypatch, capsys):
-    def unhandled(number, frame):
-        raise AssertionError("the signal is not handled")
-
-    def batch(self, n, config, index):
-        if index == 2 and signals:
-            os.kill(os.getpid(), signals.pop())
-        return real(self, n, config, index)
-    signals, real = [], data.text.Data.batch
-    monkeypatch.setattr(data.text.Data, "batch", batch)
-    common = flags("gpt", "--block=all", "--log-every=0", "--save-every=0")
-    path = tmp_path / "cut/gpt/block_0.pt"
-    train.main([*common, f"--out={tmp_path}/whole"])
-
-    signal.signal(number, unhandled)
-    signals.append(number)
-    with pytest.raises(SystemExit) as end:
-        train.main([*common, f"--out={tmp_path}/cut"])
-
-    assert end.value.code == 128 + number and signal.getsignal(number) is unhandled
-    assert train.load(path, "gpt")["step"] == 3 and [row["step"] for row in log_of(path)] == [3]
-    assert f"{path} holds update 3 of 4; go on: the same command with --resume" in capsys.readouterr().out
-    assert not path.with_name("block_1.pt").exists()
-    train.STOP.clear()                                                      # as in a new process
-    train.main([*common, f"--out={tmp_path}/cut", "--resume"])
-    for b in range(2):
-        assert weights(path.with_name(f"block_{b}.pt")) == weights(tmp_path / f"whole/gpt/block_{b}.pt")
-
-
-# one of two ranks that share the pieces of a batch; in update 3 rank 1 alone gets SIGTERM
-RANK = """import os, pathlib, signal, sys
-import data, gpt, train
-from data import text
-
-def batch(self, n, config, index):
-    if index == 9 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)
-    return real(self, n, config, index)
-
-data.DATA_DIR = pathlib.Path(sys.argv.pop(1))
-gpt.PRESETS["default"]["clip"] = 1e9
-real, text.Data.batch = text.Data.batch, batch
-train.main(sys.argv[1:])
-"""
-
-
-def test_ranks_exchange_the_gradients_of_all_pieces_and_stop_together(place, flags, tmp_path, monkeypatch):
-    monkeypatch.setitem(gpt.PRESETS["default"], "clip", 1e9)                # moments are the gradients' own
-    common = flags("gpt", "--block=0", "--batch-size=12", "--warmup=0", "--final-lr=1", "--log-every=1",
-                   "--save-every=0")
-    (tmp_path / "rank.py").write_text(RANK)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in (0, 1):                                                     # as torchrun starts them
-        env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2",
-                            "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": str(port)}
-        args = [*common, "--accumulate=3", f"--out={tmp_path}/ranks"]       # 3 pieces become 4, 2 for each
-        ranks.append(subprocess.Popen([sys.executable, str(tmp_path / "rank.py"), str(place / "data"), *args],
-                                      env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    train.main([*common, "--accumulate=4", "--steps=3", f"--out={tmp_path}/one"])
-    try:
-        printed = [rank.communicate(timeout=100)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [143, 143] and "Traceback" not in "".join(printed), printed
-    assert printed[0].count("| step ") == 3 and "holds update 3 of 4" in printed[0]
-    assert "| step " not in printed[1] and "holds update" not in printed[1]
-    one, two = (train.load(tmp_path / name / "gpt/block_0.pt", "gpt") for name in ("one", "ranks"))
-    assert one["step"] == two["step"] == 3 and two["training"]["accumulate"] == 4
-    for name, weight in one["net"].items():
-        torch.testing.assert_close(two["net"][name], weight, rtol=1e-4, atol=1e-5)
-    for number, moments in one["optimizer"].items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            torch.testing.assert_close(two["optimizer"][number][name], moments[name], rtol=1e-3, atol=1e-7)
-    for row, other in zip(one["log"], two["log"]):
-        assert row["val_loss"] == pytest.approx(other["val_loss"], rel=1e-4)
-        assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)        # the mean over both ranks' pieces
-
-
-def test_a_closed_pipe_ends_training_scoring_and_sampling_with_code_1_and_no_traceback(
-        flags, tmp_path, monkeypatch):
-    train.main(flags("vit", "--block=all", "--steps=1", f"--out={tmp_path}"))
-    for args in (flags("vit", "--control", "--log-every=1", f"--out={tmp_path}"),
-                 ["--model=vit", "--eval", f"--out={tmp_path}"],
-                 ["--model=vit", "--sample", f"--out={tmp_path}"]):         # one line, at the end
-        reader, writer = os.pipe()
-        os.close(reader)
-        stdout = open(writer, "w")
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-            patch.setattr(sys, "stdout", stdout)
-            patch.setattr(sys, "argv", ["train.py", *args])
-            runpy.run_path(str(HERE / "train.py"), run_name="__main__")
-        assert end.value.code == 1
-        stdout.close()                                                      # as the interpreter's end does
-
-
-# -- what is refused
-
-@pytest.mark.parametrize("model", ["gpt", "vit"])
-def test_resume_refuses_another_value_of_every_setting_that_decides_the_weights(
-        model, flags, tmp_path, monkeypatch):
-    [job] = jobs_of(monkeypatch, flags(model, "--block=0", "--ema=.5", f"--out={tmp_path}"))
-    learner = train.Learner(job)
-    train.save(job.path, learner.state())
-    train.load_checkpoint(learner)                                                    # with the same ones it goes on
-    changed = set()
-    for settings in (job.config, job.config.noise, job.training, job.data.settings):
-        for field in fields(settings):
-            value = getattr(settings, field.name)
-            if not field.init or is_dataclass(value) or field.name in ("data", "epochs", "compile"):
-                continue                                                    # of these, other values are accepted
-            setattr(settings, field.name, value + "x" if isinstance(value, str) else value + 1)
-            with pytest.raises(UserError, match=rf"trained with other settings: .*\b{field.name} \("):
-                train.load_checkpoint(learner)
-            setattr(settings, field.name, value)
-            changed.add(field.name)
-    assert changed > {"n_embd", "p_mean", "lr", "clip", "seed", "steps", "split"}
-    assert model != "vit" or "augment" in changed
-    monkeypatch.setattr(job.data.settings, "data", "elsewhere")             # the same content in another place
-    monkeypatch.setattr(job.training, "compile", "on")
-    train.load_checkpoint(learner)
-    monkeypatch.setitem(job.data.stored[0], "fingerprint", "another")
-    with pytest.raises(UserError, match="trained with other settings: the data's content;"):
-        train.load_checkpoint(learner)
-
-
-def test_no_block_is_trained_where_the_checkpoint_of_a_later_one_would_be_lost(flags, tmp_path):
-    path = tmp_path / "gpt/block_1.pt"
-    train.main(flags("gpt", "--block=1", "--steps=1", f"--out={tmp_path}"))
-    before = path.read_bytes()
-    with pytest.raises(UserError, match="block_1.pt is there already"):
-        train.main(flags("gpt", "--block=all", f"--out={tmp_path}"))
-    assert path.read_bytes() == before and not path.with_name("block_0.pt").exists()
-
-
-def test_what_was_trained_otherwise_is_not_scored_beside_the_blocks(flags, tmp_path, capsys):
-    (tmp_path / "b.txt").write_text("another text\n" * 400)
-    common = flags("gpt", "--steps=1", f"--out={tmp_path}")
-    train.main([*common, "--block=all"])
-    train.main([*common, "--block=1", "--steps=2", "--overwrite"])
-    train.main([*common, "--end-to-end", "--n-embd=32"])
-    train.main([*common, "--control", f"--data={tmp_path}/b.txt"])
-    capsys.readouterr()
-    train.main(["--model=gpt", "--eval", f"--out={tmp_path}"])
-    printed, report = capsys.readouterr().out, json.loads((tmp_path / "gpt/eval.json").read_text())
-    assert re.search(r"without end to end: .*trained with other settings .*n_embd \(16 -> 32\)", printed)
-    assert re.search("without control: .*trained with other settings .*the data's content", printed)
-    assert report["updates"] == {"2 blocks": 1}                             # the fewest of any block
-    names = list(report["tables"]["bits per byte on held-out text"])
-    assert "blocks, bound" in names and not {"end to end", "control"} & set(names)
-    train.main([*common, "--block=1", "--n-embd=32", "--overwrite"])
-    for action in ("--eval", "--sample"):
-        with pytest.raises(UserError, match=r"block_1.pt was trained with other settings than block_0: n_embd"):
-            train.main(["--model=gpt", action, f"--out={tmp_path}"])
-
-
-# -- scores and samples
-
-def test_scores_and_samples_are_those_of_the_running_mean_and_the_same_again(flags, tmp_path, capsys):
-    def forget(global_seed):
-        """Random states as in another process."""
-        torch.manual_seed(global_seed)
-        np.random.seed(global_seed)
-        random.seed(global_seed)
-
-    def scores(global_seed):
-        forget(global_seed)
-        train.main(["--model=mdm", "--eval", f"--out={tmp_path}"])
-        return json.loads((tmp_path / "mdm/eval.json").read_text())["tables"]
-
-    def samples(global_seed, *more):
-        capsys.readouterr()
-        for part in ([], ["--end-to-end"], ["--control"]):
-            forget(global_seed)
-            train.main(["--model=mdm", "--sample", "--prompt=a<gap:9>b", "--n-moves=3", f"--out={tmp_path}",
-                        *part, *more])
-        return capsys.readouterr().out
-
-    for part in ("--block=all", "--end-to-end", "--control"):
-        train.main(flags("mdm", part, f"--out={tmp_path}"))
-    before = scores(1), samples(1)
-    for path in (tmp_path / "mdm").glob("*.pt"):                            # what is no running mean is ruined
-        state = train.load(path, "mdm")
-        for weight in state["net"].values():
-            weight.fill_(math.nan)
-        torch.save(state, path)
-    assert (scores(2), samples(2)) == before
-    assert samples(1, "--seed=1") != before[1]
-
-
-def test_samples_of_blocks_baseline_and_control_lie_beside_one_another_of_the_same_noise(
-        flags, tmp_path, monkeypatch):
-    def sample(nets, sampling, data):
-        sampled.append(nets)
-        return {"array": torch.randn(3), "picture": torch.randint(256, (2, 2, 3), dtype=torch.uint8)}
-
-    def files():
-        return {path.name: path.read_bytes() for path in (tmp_path / "dit").iterdir()
-                if path.suffix in (".npy", ".png")}
-    sampled = []
-    monkeypatch.setattr(dit, "sample", sample)
-    for part in ("--block=all", "--end-to-end", "--control"):
-        train.main(flags("dit", part, "--steps=1", f"--out={tmp_path}"))
-    command = ["--model=dit", "--sample", f"--out={tmp_path}"]
-    for part in ([], ["--end-to-end"], ["--control"]):
-        train.main([*command, *part])
-    made, (blocks, baseline, control) = files(), sampled
-    assert [block.b for block in blocks] == [0, 1]
-    assert (len(baseline.layers), len(control.layers)) == (2, 1)
-    assert set(made) == {"array.npy", "array_end_to_end.npy", "array_control.npy",
-                         "picture.png", "picture_end_to_end.png", "picture_control.png"}
-    assert len(set(made.values())) == 2                                     # one array, one picture
-    train.main([*command, "--end-to-end", "--seed=1"])
-    changed = {name for name, content in files().items() if content != made[name]}
-    assert changed == {"array_end_to_end.npy", "picture_end_to_end.png"}
-
-
-# -- processes, precision, compiling, what is printed
-
-def test_ranks_are_assigned_to_parts_and_to_shares_of_a_batch():
-    parts = ["block_0", "block_1", "block_2"]
-    assert [train.assign(parts, rank, 2)[0] for rank in (0, 1)] == [["block_0", "block_2"], ["block_1"]]
-    assert train.assign(parts, 4, 6) == (["block_2"], 0, 2) and train.assign(parts, 1, 6) == (["block_0"], 1, 2)
-    with pytest.raises(UserError, match="4 processes cannot share 3 blocks"):
-        train.assign(parts, 0, 4)
-
-
-def test_a_batch_that_ranks_cannot_share_and_scoring_by_ranks_are_refused(flags, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="3 processes cannot share a batch of 4"):
-        train.main(flags("gpt", "--end-to-end", f"--out={tmp_path}"))
-    for action in ("--eval", "--sample"):
-        with pytest.raises(UserError, match=f"{action} runs in one process"):
-            train.main(["--model=gpt", action, f"--out={tmp_path}"])
-
-
-def test_the_first_rank_alone_tells_of_the_data_and_each_takes_the_gpu_of_its_number(flags, tmp_path, monkeypatch,
-                                                                                      capsys):
-    asked_for = []
-    monkeypatch.setattr(train, "train", lambda job: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in (0, 1):
-        monkeypatch.setenv("RANK", str(rank))
-        train.main(flags("gpt", "--block=all", f"--out={tmp_path}"))
-        assert ("data: " in capsys.readouterr().out) == (rank == 0)
-    monkeypatch.setattr(torch, "zeros", lambda n, device: asked_for.append(device) or torch.ones(n))
-    train.set_up(train.Run(device="cuda"), train.Training(), local_rank=3)
-    assert asked_for == ["cuda:3"]
-
-
-@pytest.mark.parametrize("precision, dtype", [("bf16", torch.bfloat16), ("float32", torch.float32)])
-def test_products_of_training_and_validation_have_the_precision_that_was_asked_for(precision, dtype, flags, tmp_path,
-                                                                                   monkeypatch):
-    seen = {True: set(), False: set()}  # in training and in validation
-    real = F.linear
-
-    def linear(x, weight, bias=None):
-        out = real(x, weight, bias)
-        seen[torch.is_grad_enabled()].add(out.dtype)
-        return out
-    monkeypatch.setattr(F, "linear", linear)
-    train.main(flags("vit", "--end-to-end", f"--precision={precision}", f"--out={tmp_path}"))
-    assert seen == {True: {dtype}, False: {dtype}}
-
-
-def test_layers_are_compiled_if_asked_for_and_only_then(tmp_path, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
-    net = vit.Block(tiny(vit, layer_split="3,1"), 0)
-    train.prepare_layers(net, train.Training(compile="off"), train.Run())
-    assert compiled == []
-    train.prepare_layers(net, train.Training(compile="on"), train.Run())
-    assert len(compiled) == 3
-
-
-def test_a_checkpoint_of_its_own_is_followed_before_that_of_another_part(flags, tmp_path, monkeypatch):
-    train.main(flags("gpt", "--block=0", "--lr=.001", f"--out={tmp_path}"))
-    train.main(flags("gpt", "--block=1", "--lr=.002", f"--out={tmp_path}"))
-    [job] = jobs_of(monkeypatch, ["--model=gpt", "--block=1", "--resume", f"--out={tmp_path}"])
-    assert job.training.lr == .002
-    [job] = jobs_of(monkeypatch, ["--model=gpt", "--control", "--resume", f"--out={tmp_path}"])
-    assert job.training.lr == .001                                          # the first block's
-
-
-def test_held_out_examples_are_four_pieces_of_a_batch(tmp_path, monkeypatch):
-    job, asked_for = toy_job(tmp_path, steps=1, accumulate=3), []
-    job.data.held_out = lambda n, config: asked_for.append(n) or FIVE_ROWS
-    train.train(job)
-    assert asked_for == [4 * 2]
-
-
-def test_milliseconds_and_minutes_left_are_those_of_this_run(tmp_path, monkeypatch, capsys):
-    clock = itertools.count(step=6)                                         # seconds; read before and at each line
-    run = dict(log_every=2, save_every=2)
-    train.train(toy_job(tmp_path, run=run, steps=4))
-    capsys.readouterr()
-    job = toy_job(tmp_path, run=dict(run, resume=True), steps=10, final_lr=1)
-    state = torch.load(job.path, weights_only=True)
-    torch.save({**state, "training": train.flat(job.training)}, job.path)   # as if it had been cut at update 4
-    monkeypatch.setattr(train.time, "time", lambda: next(clock))
-    train.train(job)
-    lines = [line for line in capsys.readouterr().out.splitlines() if "| step " in line]
-    # 6 s for 2 updates, 12 s for 4, 18 s for 6
-    assert all("| 3000 ms/step |" in line for line in lines) and len(lines) == 3
-    assert [line.split("| ")[-1] for line in lines] == ["0.2 min left", "0.1 min left", "0.0 min left"]
-
-
-def test_a_stopped_run_that_overwrote_is_resumed_without_overwrite(tmp_path):
-    assert train.how_to_go_on(toy_job(tmp_path, steps=9), 4).endswith("the same command with --resume")
-    line = train.how_to_go_on(toy_job(tmp_path, run=dict(overwrite=True), steps=9), 4)
-    assert "update 4 of 9" in line and line.endswith("--resume in the place of --overwrite")
-
-
-def test_help_shows_the_values_of_the_preset(capsys):
-    with pytest.raises(SystemExit):
-        train.main(["--model=gpt", "--preset=owt", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "context length in tokens (default: 1024)" in text
-
-
-def test_scores_on_other_data_are_marked_so(flags, tmp_path, capsys):
-    (tmp_path / "other.txt").write_text("another text, as long as it has to be\n" * 400)
-    train.main(flags("gpt", "--block=all", f"--out={tmp_path}"))
-    train.main(["--model=gpt", "--eval", f"--out={tmp_path}"])
-    assert "other data" not in capsys.readouterr().out
-    train.main(["--model=gpt", "--eval", f"--data={tmp_path}/other.txt", f"--out={tmp_path}"])
-    assert "note: scored on other data than the blocks were trained on" in capsys.readouterr().out
-
-
-# -- on CUDA
-
-def test_chunks_of_batches_differ_and_on_cuda_nothing_that_is_not_finite_is_saved(flags, tmp_path, monkeypatch):
+def test_batches_of_all_chunks_differ(flags, tmp_path, monkeypatch):
     with recording_gpu(monkeypatch):
         [job] = jobs_of(monkeypatch, flags("gpt", "--control", "--steps=12", f"--out={tmp_path}"))
         learner = train.Learner(job)
         batches = {train.draw(learner, index).cpu().numpy().tobytes() for index in range(12)}
-        assert learner.batches_per_chunk == 4 and len(batches) == 12
-        monkeypatch.setattr(train.Learner, "forward_backward_step", lambda self, batch: self.loss_sum.fill_(math.nan))
-        monkeypatch.setattr(train, "Recorded", lambda function: function)
+    assert learner.batches_per_chunk == 2
+    assert len(batches) == 12
+
+
+def test_on_cuda_nothing_that_is_not_finite_is_saved(flags, tmp_path, monkeypatch):
+    def diverge(learner, batch):
+        learner.loss_sum.fill_(math.nan)
+    monkeypatch.setattr(train.Learner, "forward_backward_step", diverge)
+    monkeypatch.setattr(train, "Recorded", as_it_is)
+    with recording_gpu(monkeypatch):
+        [job] = jobs_of(monkeypatch, flags("gpt", "--control", f"--out={tmp_path}"))
         run = replace(job.run, log_every=0, save_every=3)
         with pytest.raises(UserError, match="not finite at update 3"):
             train.train(replace(job, run=run))
     assert not job.path.exists()
 
 
-def test_a_watched_call_notices_every_generator_and_leaves_the_mode_as_it_was(monkeypatch):
-    modes = []
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    for draws in (lambda batch: torch.rand(1), lambda batch: np.random.rand(), lambda batch: random.random()):
-        assert train.Recorded(draws).watch(None) == "draws random numbers on the CPU"
-    assert train.Recorded(lambda batch: None).watch(None) == ""
-    with pytest.raises(ZeroDivisionError):
-        train.Recorded(lambda batch: 1 / 0).watch(None)
-    assert modes == ["warn", "default"] * 5
+def test_the_check_of_a_gpu_compares_recorded_with_unrecorded_updates(flags, tmp_path, monkeypatch):
+    with recording_gpu(monkeypatch) as graphs:
+        setup = check_gpu.begin(flags("gpt", "--end-to-end", f"--out={tmp_path}"))
+        distances = check_gpu.compare(setup, "block_0", 6)
+    assert [graph.replays for graph in graphs] == [3]  # one of the three runs
+    assert set(distances.values()) == {0.0}
 
 
-# ---- Checkpoints ------------------------------------------------------------------------------------------
+# -- an Apple GPU
 
-@pytest.mark.parametrize("error", [RuntimeError, OSError])                 # of torch.save, of the system
-def test_a_checkpoint_is_never_half_written(error, flags, tmp_path, monkeypatch):
-    common, path = flags("gpt", "--block=0", f"--out={tmp_path}"), tmp_path / "gpt/block_0.pt"
-    cut(monkeypatch, common)
-    before = path.read_bytes()
-
-    def half(state, file):
-        file.write(before[:1000])
-        raise error
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(UserError, match="cannot write"):
-        train.main([*common, "--resume"])
-    assert path.read_bytes() == before
-    assert not list(path.parent.glob(".*.part"))               # a full disk is not made fuller
-
-
-class Code:
-    """Unpickling it makes a folder."""
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def test_a_file_that_is_no_whole_checkpoint_of_this_part_is_refused_and_runs_no_code(flags, tmp_path):
-    train.main(flags("gpt", "--block=0", f"--out={tmp_path}"))
-    path, trap = tmp_path / "gpt/block_0.pt", Code()
-    trap.path = tmp_path / "trap"
-    whole = path.read_bytes()
-    state = torch.load(path, weights_only=True)
-    tensor = state["net"]["head.weight"].numpy().tobytes()
-    middle = whole.index(tensor) + 9
-    torch.save(state | {"log": trap}, tmp_path / "code.pt")
-    wrong = [b"", b"text", whole[:-9], (tmp_path / "code.pt").read_bytes(),
-             pickle.dumps(trap), whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1:]]
-    others = [("gpt/control.pt", whole), ("mdm/block_0.pt", whole)]
-    for name, content in [("gpt/block_0.pt", w) for w in wrong] + others:
-        path = tmp_path / "wrong" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=f"{path.name} is damaged, or not of this model") as error:
-            train.load(path, path.parent.name)
-        assert "\n" not in str(error.value) and path.read_bytes() == content
-    assert not trap.path.exists()
-
-
-def test_other_settings_and_training_over_a_checkpoint_are_refused(flags, tmp_path, monkeypatch):
-    common, path = flags("gpt", "--block=0", f"--out={tmp_path}", "--lr=.002"), tmp_path / "gpt/block_0.pt"
-    cut(monkeypatch, common)
-    before = path.read_bytes()
-    (tmp_path / "b.txt").write_text("another text\n" * 400)
-    for more, what in (("--lr=.01", r"lr \(0.002 -> 0.01\)"), ("--n-embd=32", r"n_embd \(16 -> 32\)"),
-                       ("--gamma=.3", "gamma"), ("--steps=9", "steps"), (f"--data={tmp_path}/b.txt", "data")):
-        with pytest.raises(UserError, match=f"trained with other settings: .*{what}"):
-            train.main([*common, "--resume", more])
-    with pytest.raises(UserError, match="is there already: --resume .* --overwrite .* --out"):
-        train.main(common)
-    assert path.read_bytes() == before
-    train.main([*common, "--overwrite"])
-    train.main(flags("gpt", "--block=0", f"--out={tmp_path}/new", "--lr=.002"))
-    assert weights(path) == weights(tmp_path / "new/gpt/block_0.pt")
-
-
-def test_a_loss_that_is_not_finite_ends_training_and_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch):
-    real, calls = gpt.EndToEnd.forward, []
-
-    def forward(self, batch):
-        calls.append(batch)
-        slope = (0 * self.head.weight.sum()).abs().sqrt()                   # infinite at 0
-        return real(self, batch) + (slope if len(calls) == 4 else 0)
-    monkeypatch.setattr(gpt.EndToEnd, "forward", forward)
-    monkeypatch.setattr(train, "validate", lambda net, held_out: 0.0)
-    with pytest.raises(UserError, match="the loss of end_to_end is not finite at update 4"):
-        train.main(flags("gpt", "--end-to-end", f"--out={tmp_path}"))
-    assert train.load(tmp_path / "gpt/end_to_end.pt", "gpt")["step"] == 2
+@pytest.mark.parametrize("model", SMALL)
+def test_no_float64_is_on_a_device_that_has_none(model, flags, tmp_path, monkeypatch):
+    asked = [f"--model={model}", f"--out={tmp_path}"]
+    with pretended(monkeypatch, "mps", may_wait=True) as gpu:
+        train_all_parts(flags(model, "--steps=2", f"--out={tmp_path}"))
+        train.main([*asked, "--eval"])
+        train.main([*asked, "--sample", *SAMPLE[model]])
+    assert gpu.kernels.count > 1000
+    assert report_of(tmp_path / model)["device"] == "mps:0"
 
 
 # ---- Command lines ----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("line, says", [
-    ("--eval --end-to-end", "say what to do"), ("--model nope --block 0", "no nope.py here"),
-    ("--preset nope --block 0", "lacks a preset 'nope'"), ("--block 7", "no block 7; gpt has blocks 0 to 3"),
-    ("--block 0 --n-layer 7", "7 layers cannot be cut into 4"), ("--block 0 --vocab-size 9", "unknown flag"),
-    ("--block 0 --batchsize=9", "did you mean --batch-size"), ("--block 0 --lr nine", "--lr: invalid float"),
-    ("--block 0 --end-to-end", "not allowed with"), ("--block 0 --prompt a", "--prompt has no effect"),
-    ("--sample --n-layer 4", "--n-layer has no effect"), ("--block 0 --lr 0", "lr must be above 0; got 0.0"),
-    ("--block 0 --sampler x", "--sampler has no effect"), ("--block 0 --device cuda:7", "cannot be used"),
+    # what to do
+    ("--eval --end-to-end", "say what to do"),
+    ("--block 0 --end-to-end", "not allowed with"),
+    ("--block 7", "no block 7; gpt has blocks 0 to 3"),
+    ("--model nope --block 0", "no nope.py here"),
+    ("--preset nope --block 0", "lacks a preset 'nope'"),
     ("--eval", "train it: python train.py --model gpt --block 0"),
-    ("--block 0 --overwrite --resume", "type one of them"), ("--block 0 --threads -2", "threads must be at least 0; got -2"),
-    ("--block 0 --seed -1", "seed must be at least 0; got -1"), ("--block 0 --steps 0", "steps must be at least 1; got 0"),
-    ("--block 0 --steps 5 --epochs 2", "type one of them"), ("--eval --resume", "--resume has no effect"),
+    ("--block 0 --overwrite --resume", "type one of them"),
+    ("--block 0 --steps 5 --epochs 2", "type one of them"),
+    # flags that are none
+    ("--block 0 --vocab-size 9", "unknown flag"),
+    ("--block 0 --batchsize=9", "did you mean --batch-size"),
+    ("--block 0 --clip 2", "unknown flag --clip"),
+    # flags without effect
+    ("--block 0 --prompt a", "--prompt has no effect"),
+    ("--block 0 --sampler x", "--sampler has no effect"),
+    ("--sample --n-layer 4", "--n-layer has no effect"),
+    ("--eval --resume", "--resume has no effect"),
+    # values
+    ("--block 0 --device cuda:7", "cannot be used"),
+    ("--block 0 --n-layer 7", "7 layers cannot be cut into 4"),
+    ("--block 0 --lr nine", "--lr: invalid float"),
+    ("--block 0 --lr 0", "lr must be above 0; got 0.0"),
+    ("--block 0 --lr nan", "lr must be finite; got nan"),
+    ("--block 0 --threads -2", "threads must be at least 0; got -2"),
+    ("--block 0 --threads 100000000", "at most 1024"),
+    ("--block 0 --seed -1", "seed must be at least 0; got -1"),
+    ("--block 0 --steps 0", "steps must be at least 1; got 0"),
+    ("--block 0 --epochs inf", "epochs must be finite; got inf"),
+    ("--block 0 --epochs 1e308", "epochs must be at most a million"),
     ("--block 0 --batch-size 9 --accumulate 2", "accumulate must divide batch_size 9; got 2"),
-    ("--block 0 --clip 2", "unknown flag --clip"), ("--block 0 --epochs inf", "epochs must be finite; got inf"),
-    ("--block 0 --lr nan", "lr must be finite; got nan"), ("--block 0 --p-mean inf", "p_mean must be finite"),
-    ("--block 0 --z-rate nan", "z_rate must be finite"), ("--block 0 --threads 100000000", "at most 1024"),
-    ("--block 0 --epochs 1e308", "epochs must be at most a million")])
+    ("--block 0 --p-mean inf", "p_mean must be finite"),
+    ("--block 0 --z-rate nan", "z_rate must be finite")])
 def test_a_bad_command_line_gets_one_clear_line(line, says, tmp_path):
     with pytest.raises((UserError, argparse.ArgumentError)) as error:
         train.main([*line.split(), "--out", str(tmp_path)])
-    assert says in str(error.value) and "\n" not in str(error.value)
-    assert not list(tmp_path.iterdir())
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistake_ends_with_code_1_and_one_line(place):
-    child = started(place, "--blok=0")
+    child = started(child_args(place, ["--blok=0"]))
     printed, _ = child.communicate()
     assert child.returncode == 1
-    assert printed.startswith("error: unknown flag --blok") and len(printed.splitlines()) == 1
+    assert printed.startswith("error: unknown flag --blok")
+    assert len(printed.splitlines()) == 1
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_first_update(flags, tmp_path, monkeypatch):
+    def update(learner):
+        pytest.fail("it was trained")
+    monkeypatch.setattr(train, "update", update)
     (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setattr(train, "update", lambda learner: pytest.fail("it was trained"))
     with pytest.raises(UserError, match=f"^--out {tmp_path}/file: .* cannot be written") as error:
         train.main(flags("gpt", "--block=0", f"--out={tmp_path}/file"))
     assert "\n" not in str(error.value)
-
-
-def test_a_missing_part_is_trained_with_the_settings_of_those_that_are_there(flags, tmp_path, capsys):
-    train.main(flags("gpt", "--block=1", "--weight-decay=.3", "--z-rate=.2", f"--out={tmp_path}/a b"))
-    capsys.readouterr()
-    with pytest.raises(UserError, match="there is no .*block_0.pt; train it: ") as error:
-        train.main(["--model=gpt", "--eval", f"--out={tmp_path}/a b"])
-    command = shlex.split(str(error.value).split("train it: ")[1])
-    assert command[:2] == ["python", "train.py"]
-    train.main(command[2:])                                    # --resume, where nothing is to be resumed, says so
-    assert "it begins at update 0, with the settings of block_1.pt" in capsys.readouterr().out
-    first, second = (train.load(tmp_path / f"a b/gpt/block_{b}.pt", "gpt") for b in range(2))
-    for settings in ("config", "training", "settings"):
-        assert first[settings] == second[settings]
-
-
-def test_a_run_with_a_constant_learning_rate_can_be_prolonged_and_no_other(flags, tmp_path, capsys):
-    common = flags("mdm", "--block=0", "--warmup=2", "--final-lr=1")
-    train.main([*common, "--steps=8", f"--out={tmp_path}/whole"])
-    train.main([*common, "--steps=4", f"--out={tmp_path}/two"])
-    resume = ["--model=mdm", "--block=0", "--resume"]
-    train.main([*resume, "--steps=8", f"--out={tmp_path}/two"])
-    assert weights(tmp_path / "whole/mdm/block_0.pt") == weights(tmp_path / "two/mdm/block_0.pt")
-    with pytest.raises(UserError, match="it has 8 already"):
-        train.main([*resume, "--steps=5", f"--out={tmp_path}/two"])
-    train.main(flags("mdm", "--block=0", f"--out={tmp_path}/cosine"))
-    with pytest.raises(UserError, match=r"steps \(4 -> 8\), on which its learning rates depend .*--final-lr 1"):
-        train.main([*resume, "--steps=8", f"--out={tmp_path}/cosine"])
-    capsys.readouterr()
-    train.main([*resume, f"--out={tmp_path}/cosine"])
-    assert "has all its 4 updates" in capsys.readouterr().out
 
 
 def test_a_preset_that_names_no_setting_is_refused(monkeypatch):
@@ -1994,59 +2448,143 @@ def test_a_preset_that_names_no_setting_is_refused(monkeypatch):
         train.main(["--model=gpt", "--preset=typo", "--block=0"])
 
 
-@pytest.mark.parametrize("error", [
-    RuntimeError("[enforce fail at a.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has 1 GiB"), MemoryError()])
-def test_too_little_memory_is_one_line_and_another_error_is_none(error):
-    line = train.out_of_memory_line(error)
-    assert train.is_out_of_memory(error) and line.startswith("not enough memory (")
-    assert "enforce" not in line and "GPU 0" not in line and "\n" not in line
-    assert not train.is_out_of_memory(RuntimeError("shapes do not match"))
+def help_of(capsys, *args):
+    """What --help prints, in one line."""
+    with pytest.raises(SystemExit) as end:
+        train.main([*args, "--help"])
+    assert end.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
 
 
 def test_help_lists_every_flag_with_its_comment(capsys):
-    with pytest.raises(SystemExit) as end:
-        train.main(["--model=gpt", "--help"])
-    text, names = " ".join(capsys.readouterr().out.split()), {"model", "preset", *train.NO_SETTINGS}
+    printed = help_of(capsys, "--model=gpt")
+    names = {"model", "preset", *train.NO_SETTINGS}
     for settings in (train.Training(), train.Run(), data.text.Settings(), gpt.Config(), gpt.Sampling()):
         names |= set(train.flat(settings))
+    no_flags = {*data.text.FACTS, *train.NO_FLAGS}
     for name in names:
-        shown = name not in (*data.text.FACTS, *train.NO_FLAGS)
-        assert bool(re.search(f"--{name.replace('_', '-')}[ ,]", text)) == shown
-    assert end.value.code == 0 and "--warmup WARMUP updates of linear warm-up" in text
-    # what people type comes first
+        listed = re.search(f"--{name.replace('_', '-')}[ ,]", printed) is not None
+        assert listed == (name not in no_flags), name
+    assert "--warmup WARMUP updates of linear warm-up" in printed
+
+
+def test_help_begins_with_what_people_type(capsys):
+    printed = help_of(capsys, "--model=gpt")
+    seldom = printed.index("--warmup WARMUP")
     for flag in ("--data DATA", "--steps STEPS", "--out OUT", "--n-blocks N_BLOCKS", "--resume,"):
-        assert text.index(flag) < text.index("--warmup WARMUP")
+        assert printed.index(flag) < seldom
 
 
-def test_the_model_of_ones_own_trains_scores_and_tells_its_mistakes_in_one_line(tmp_path, monkeypatch):
-    code = (HERE / "results/mlp.py").read_text().replace("class Config:", "class Config:\n    own: int = 3")
-    code = code.replace("        super().__init__(r", """        if config.own < 0:
-            raise ValueError("own must not be negative")
-        super().__init__(r""")                                              # a field needs no comment
-    (tmp_path / "own.py").write_text("from __future__ import annotations\n" + code)
-    (tmp_path / "maybe.py").write_text(code.replace("own: int = 3", "own: float | None = None"))
-    (tmp_path / "plain.py").write_text(code.replace("@dataclass\nclass Config", "class Config"))
-    (tmp_path / "sounds.py").write_text(code.replace('DATA = "images"', 'DATA = "sounds"'))
-    (tmp_path / "needs.py").write_text(code.replace("own: int = 3", "own: int"))
-    (tmp_path / "lacks.py").write_text(code.replace("PRESETS", "P"))
+def test_help_shows_the_values_of_the_preset(capsys):
+    printed = help_of(capsys, "--model=gpt", "--preset=owt")
+    assert "context length in tokens (default: 1024)" in printed
+
+
+# ---- A model of one's own ---------------------------------------------------------------------------------
+
+MLP = (HERE / "results/mlp.py").read_text()
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """own(name, old, new) writes a changed results/mlp.py to NAME.py, where train.py looks for models."""
     monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
     monkeypatch.syspath_prepend(tmp_path)
+
+    def write(name, old="", new=""):
+        assert old in MLP
+        (tmp_path / f"{name}.py").write_text(MLP.replace(old, new))
+    yield write
+    for path in tmp_path.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_a_model_of_ones_own_trains_and_is_scored(own, tmp_path):
+    own("own")
     common = ["--model=own", f"--out={tmp_path}", "--threads=1"]
-    for part in ("--block=all", "--end-to-end", "--control"):
-        train.main([*common, part, "--steps=150"])
+    train_all_parts([*common, "--steps=60", "--batch-size=32", "--lr=.005", "--warmup=5"])
     train.main([*common, "--eval"])
-    rows = json.loads((tmp_path / "own/eval.json").read_text())["tables"]["held-out images"]
-    assert len(rows) == 3 and all(row["accuracy, %"] > 80 for row in rows.values())
-    for line, says in (("--model=lacks --block=0", "lacks.py lacks PRESETS"),
-                       ("--sample", "own.py lacks sample"),
-                       ("--model=maybe --block=0", r"Config.own has the type .*float . None.*; a flag can be .*"),
-                       ("--model=plain --block=0", "plain.py: Config must be a dataclass"),
-                       ("--model=sounds --block=0", "sounds.py: DATA is 'sounds'; choose text or images, or .*"),
-                       ("--model=needs --block=0", r"every field of Config needs a default \(.*own.*\)"),
-                       ("--block=0 --own=-1 --overwrite", "own must not be negative")):
-        with pytest.raises(UserError, match=f"^{says}$"):
-            train.main([*common, *line.split()])
+    rows = report_of(tmp_path / "own")["tables"]["held-out images"]
+    assert list(rows) == ["end to end", "control", "blocks, averaged"]
+    for row in rows.values():
+        assert row["accuracy, %"] > 80
+
+
+def test_a_field_of_an_own_config_is_a_flag_without_a_comment_and_with_postponed_annotations(own, tmp_path):
+    own("own", "class Config:", "class Config:\n    own: int = 3")
+    path = tmp_path / "own.py"
+    path.write_text("from __future__ import annotations\n" + path.read_text())
+    asked = train.parse(["--model=own", "--block=0", "--own=7"])
+    assert train.values_of(asked)["own"] == 7
+
+
+@pytest.mark.parametrize("old, new, line, says", [
+    ("PRESETS", "P", "--block=0", "own.py lacks PRESETS"),
+    ("", "", "--sample", "own.py lacks sample"),
+    ("class Config:", "class Config:\n    own: float | None = None", "--block=0",
+     r"Config.own has the type .*float . None.*; a flag can be .*"),
+    ("@dataclass\nclass Config", "class Config", "--block=0", "own.py: Config must be a dataclass"),
+    ('DATA = "images"', 'DATA = "sounds"', "--block=0",
+     "own.py: DATA is 'sounds'; choose text or images, or .*"),
+    ("class Config:", "class Config:\n    own: int", "--block=0",
+     r"every field of Config needs a default \(.*own.*\)"),
+    ("        super().__init__(r", "        raise ValueError('so it cannot be')\n        super().__init__(r",
+     "--block=0", "so it cannot be")])
+def test_a_mistake_in_a_model_of_ones_own_is_one_line(old, new, line, says, own, tmp_path):
+    own("own", old, new)
+    with pytest.raises(UserError, match=f"^{says}$"):
+        train.main(["--model=own", line, f"--out={tmp_path}", "--threads=1"])
+
+
+def model_in_readme():
+    """The code of words.py in README.md's section "Your own model"."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("\n## Your own model\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    found = [block for block in blocks if block.startswith("# words.py")]
+    assert len(found) == 1, "README.md's section 'Your own model' needs one block that begins with # words.py"
+    return found[0]
+
+
+# runs train.py once for each line of a file
+ALL_LINES = """import pathlib, runpy, shlex, sys
+import data
+data.DATA_DIR = pathlib.Path(sys.argv[1])
+for line in open("commands.txt"):
+    print("python train.py", line, flush=True)
+    sys.argv = ["train.py", *shlex.split(line)]
+    runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_the_text_model_of_the_readme_trains_and_is_scored_in_a_copy_of_the_repository(place, tmp_path):
+    # arrange
+    folder = tmp_path / "copy"
+    (folder / "data").mkdir(parents=True)
+    for path in [*HERE.glob("*.py"), *HERE.glob("data/*.py")]:
+        shutil.copy(path, folder / path.relative_to(HERE))
+    (folder / "words.py").write_text(model_in_readme(), encoding="utf-8")
+    common = f"--model words --threads=1 --out={tmp_path}/out"
+    training = (f"{common} --data={place}/text.txt --steps 5 --batch-size=4 --n-layer=2 --n-blocks=2 "
+                f"--n-embd=8 --seq-len=8")
+    commands = [f"{training} {part}" for part in ("--block all", "--end-to-end", "--control")]
+    commands.append(f"{common} --eval")
+    (folder / "commands.txt").write_text("\n".join(commands))
+    (folder / "all_lines.py").write_text(ALL_LINES)
+
+    # act
+    child = started(["all_lines.py", str(place / "data")], {"PYTHONPATH": str(folder)}, folder)
+    printed, _ = child.communicate()
+
+    # check
+    assert child.returncode == 0, printed
+    report = report_of(tmp_path / "out/words")
+    assert report["updates"] == {"2 blocks": 5, "end to end": 5, "control": 5}
+    rows = list(report["tables"].values())[0]
+    assert {"end to end", "control"} < set(rows)
+    for row in rows.values():
+        assert np.isfinite(list(row.values())).all()
+        assert min(row.values()) > 0
 
 
 # ---- Data -------------------------------------------------------------------------------------------------
