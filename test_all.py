@@ -23,7 +23,7 @@ import threading
 import time
 import warnings
 import zlib
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,9 +46,9 @@ import recurrent
 import train
 import vit
 from data import UserError, augment, images, text
-from diffusion_blocks import (LogNormal, Masking, bayes_logits, bound_draws, cross_entropy,
-                              average, decode_labels, edm_logits, euler, score_loss, split_layers,
-                              target_table, token_losses)
+from diffusion_blocks import (LabelScores, LogNormal, Masking, average, bayes_logits, bound_draws,
+                              cross_entropy, decode_labels, edm_logits, euler, score_loss, split_layers,
+                              target_table, token_losses, windows_at_once)
 
 HERE = Path(train.__file__).parent
 sys.path.append(str(HERE / "results"))
@@ -68,13 +68,18 @@ EDM = dict(p_mean=-1.2, p_std=1.2)  # the paper's noise
 TEXT = dict(EDM, n_head=2, n_embd=32, n_cond=8, seq_len=16, vocab_size=64)
 IMAGE = dict(EDM, n_layer=4, n_head=2, n_embd=32, n_cond=8, n_mlp=64, patch_size=2, image_size=8, n_channel=3,
              n_class=10, data_mean=.1, data_std=.6)
-SIZES = {gpt: dict(TEXT, n_layer=4), mdm: dict(TEXT, n_layer=4), vit: IMAGE, dit: IMAGE,
-         recurrent: dict(TEXT, n_prelude=1, n_core=2, n_coda=1, mean_passes=4, grad_passes=2)}
+SIZES = {
+    gpt: dict(TEXT, n_layer=4),
+    vit: IMAGE,
+    dit: IMAGE,
+    mdm: dict(TEXT, n_layer=4),
+    recurrent: dict(TEXT, n_prelude=1, n_core=2, n_coda=1, mean_passes=4, grad_passes=2),
+}
 FIXED = torch.Generator().manual_seed(5)
 TOKENS = torch.randint(64, (6, 17), generator=FIXED)
 IMAGES = torch.rand(6, 3, 8, 8, generator=FIXED) * 2 - 1
 LABELS = torch.randint(10, (6,), generator=FIXED)
-BATCH = {module: (IMAGES, LABELS) if module in (vit, dit) else TOKENS for module in MODELS}
+BATCH = {gpt: TOKENS, vit: (IMAGES, LABELS), dit: (IMAGES, LABELS), mdm: TOKENS, recurrent: TOKENS}
 
 
 @pytest.fixture(autouse=True)
@@ -90,13 +95,20 @@ def clean(place, monkeypatch):
         signal.signal(number, handler)
 
 
+def name_of(module):
+    return module.__name__
+
+
 def each(*modules):
-    return pytest.mark.parametrize("module", modules, ids=lambda module: module.__name__)
+    """A test that runs once for each of the modules, which it gets as `module`."""
+    return pytest.mark.parametrize("module", modules, ids=name_of)
 
 
 def tiny(module, **changes):
     """A Config of four layers of width 32 in two blocks; changes name fields of it or of its noise."""
-    values = {"n_blocks": 1 if module is recurrent else 2, **SIZES[module], **changes}
+    values = {"n_blocks": 2, **SIZES[module], **changes}
+    if module is recurrent:
+        values["n_blocks"] = 1
     return train.replaced(module.Config(), values)
 
 
@@ -110,344 +122,896 @@ def randomised(net, scale=.1):
 
 
 def blocks_of(module, **changes):
+    """All blocks of a tiny model, with every parameter moved."""
     config = tiny(module, **changes)
     return [randomised(module.Block(config, b)) for b in range(config.noise.n_blocks)]
 
 
-def record(module, monkeypatch):
-    """A list that fills with (block, level, z, result) of each evaluation of a block's network."""
-    calls, name = [], "denoise" if module is dit else "logits"
-    real = getattr(module.Block, name)
+def baseline_of(module, **changes):
+    """The baseline of a tiny model, with every parameter moved."""
+    return randomised(module.EndToEnd(tiny(module, **changes)))
 
-    def call(self, *args, **more):
-        given = inspect.signature(real).bind(self, *args, **more).arguments
-        level, out = given["t" if module is mdm else "sigma"], real(self, *args, **more)
-        assert level.shape == (len(given["z"]),) and (level == level[0]).all()
-        calls.append((self.b, level[0].item(), given["z"], out))
-        return out
-    monkeypatch.setattr(module.Block, name, call)
+
+@dataclass
+class Evaluation:
+    """What the network of a block was asked, and its answer."""
+    block: int
+    level: float          # sigma or t, the same for all examples
+    z: torch.Tensor
+    answer: torch.Tensor  # logits, of dit the denoised images
+
+
+def record_evaluations(module, monkeypatch):
+    """A list that fills with an Evaluation each time that the network of a block is asked."""
+    name = "denoise" if module is dit else "logits"
+    original = getattr(module.Block, name)
+    signature = inspect.signature(original)
+    evaluations = []
+
+    def recorded(self, *args, **keywords):
+        given = signature.bind(self, *args, **keywords).arguments
+        level = given["t"] if module is mdm else given["sigma"]
+        assert level.shape == (len(given["z"]),)
+        assert (level == level[0]).all()
+        result = original(self, *args, **keywords)
+        answer = result[0] if module is recurrent else result  # recurrent returns a cache, too
+        evaluations.append(Evaluation(self.b, level[0].item(), given["z"], answer))
+        return result
+    monkeypatch.setattr(module.Block, name, recorded)
+    return evaluations
+
+
+def record_arguments(module, name, monkeypatch):
+    """A list that fills with {parameter: value} of each call of a function of a module."""
+    original = getattr(module, name)
+    signature = inspect.signature(original)
+    calls = []
+
+    def recorded(*args, **keywords):
+        bound = signature.bind(*args, **keywords)
+        bound.apply_defaults()
+        calls.append(bound.arguments)
+        return original(*args, **keywords)
+    monkeypatch.setattr(module, name, recorded)
     return calls
 
 
 # ---- Golden values, computed with the first version of this code (commit 7bfb360) -------------------------
 
-# loss and sum of |gradients|: of a fresh network, and of one with every parameter moved. The recurrent
+# Loss and sum of |gradients| of a fresh network, and of one with every parameter moved. The recurrent
 # baseline's are of the old code with the two changes that the new one makes: the first state is drawn by
-# erfinv, and the passes are 1 + Poisson(3), so the mean is mean_passes. vit's blocks: since gates start at 1
+# erfinv, and the passes are 1 + Poisson(3), so the mean is mean_passes. vit's blocks: since gates start at 1.
 GOLDEN = [
-    (gpt, {}, "block_0 block_1 end_to_end control", [
-        [2.066228, 47.52098, 2.185629, 149.9363], [.3053154, 18.03651, .2951656, 60.28576],
-        [4.158187, 69.75466, 4.292978, 317.9784], [4.18109, 55.58989, 4.293616, 183.6529]]),
-    (vit, {}, "block_0 block_1 end_to_end control", [
-        [1.62422, 216.6492, 2.57153, 462.3892], [.4822856, 125.3076, .7110007, 277.8672],
-        [2.783963, 399.9604, 3.202677, 582.4865], [2.418402, 232.2355, 2.548443, 454.3647]]),
-    (dit, {}, "block_0 block_1 end_to_end control", [
-        [1.04864, 8.054747, 1.395229, 37.71406], [1.058097, 6.045897, 1.391394, 35.49639],
-        [1.036943, 6.798394, 1.390885, 61.8035], [1.036943, 6.867258, 1.372071, 35.78201]]),
-    (mdm, {}, "block_0 block_1 end_to_end control", [
-        [4.08305, 21.20951, 4.438284, 135.9221], [3.274767, 31.30708, 3.398198, 166.372],
-        [3.39958, 23.70708, 3.518213, 194.4144], [3.39958, 23.38088, 3.563424, 133.4495]]),
-    (recurrent, {}, "block_0 end_to_end control", [
-        [1.483386, 67.58465, 1.585702, 167.4994], [4.343582, 113.2207, 4.500504, 275.9472],
-        [4.402275, 106.4613, 4.456502, 261.4965]])]
+    (gpt, "block_0", 2.066228, 47.52098, 2.185629, 149.9363),
+    (gpt, "block_1", .3053154, 18.03651, .2951656, 60.28576),
+    (gpt, "end_to_end", 4.158187, 69.75466, 4.292978, 317.9784),
+    (gpt, "control", 4.18109, 55.58989, 4.293616, 183.6529),
+    (vit, "block_0", 1.62422, 216.6492, 2.57153, 462.3892),
+    (vit, "block_1", .4822856, 125.3076, .7110007, 277.8672),
+    (vit, "end_to_end", 2.783963, 399.9604, 3.202677, 582.4865),
+    (vit, "control", 2.418402, 232.2355, 2.548443, 454.3647),
+    (dit, "block_0", 1.04864, 8.054747, 1.395229, 37.71406),
+    (dit, "block_1", 1.058097, 6.045897, 1.391394, 35.49639),
+    (dit, "end_to_end", 1.036943, 6.798394, 1.390885, 61.8035),
+    (dit, "control", 1.036943, 6.867258, 1.372071, 35.78201),
+    (mdm, "block_0", 4.08305, 21.20951, 4.438284, 135.9221),
+    (mdm, "block_1", 3.274767, 31.30708, 3.398198, 166.372),
+    (mdm, "end_to_end", 3.39958, 23.70708, 3.518213, 194.4144),
+    (mdm, "control", 3.39958, 23.38088, 3.563424, 133.4495),
+    (recurrent, "block_0", 1.483386, 67.58465, 1.585702, 167.4994),
+    (recurrent, "end_to_end", 4.343582, 113.2207, 4.500504, 275.9472),
+    (recurrent, "control", 4.402275, 106.4613, 4.456502, 261.4965),
+]
+
+
+def loss_and_size_of_gradients(module, config, part, moved):
+    """The loss of a network on BATCH, and the sum of its |gradients|; its parameters are moved that far."""
+    torch.manual_seed(0)
+    net = randomised(train.build(module, config, part), moved)
+    torch.manual_seed(1)
+    loss = net(BATCH[module])
+    loss.backward()
+    size = 0.0
+    for p in net.parameters():
+        if p.grad is not None:
+            size += p.grad.double().abs().sum().item()
+    return loss.item(), size
 
 
 @reference
-@pytest.mark.parametrize("module, changes, parts, values", GOLDEN)
-def test_losses_and_gradients_are_those_of_the_first_version(module, changes, parts, values):
-    # vit: above the noise at which z alone names the label, where a loss would be all rounding
-    config = tiny(module, **({"sigma_min": .3} if module is vit else {}), **changes)
-    for part, expected in zip(parts.split(), values, strict=True):
-        found = []
-        for scale in (0.0, .1):
-            torch.manual_seed(0)
-            net = randomised(train.build(module, config, part), scale)
-            torch.manual_seed(1)
-            loss = net(BATCH[module])
-            loss.backward()
-            grads = [p.grad.double().abs().sum() for p in net.parameters() if p.grad is not None]
-            found += [loss.item(), sum(grads).item()]
-        assert found == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("module, part, loss, gradients, moved_loss, moved_gradients", GOLDEN)
+def test_losses_and_gradients_are_those_of_the_first_version(module, part, loss, gradients, moved_loss,
+                                                             moved_gradients):
+    config = tiny(module)
+    if module is vit:  # above the noise at which z alone names the label, where a loss would be all rounding
+        config = tiny(vit, sigma_min=.3)
+
+    fresh = loss_and_size_of_gradients(module, config, part, moved=0.0)
+    moved = loss_and_size_of_gradients(module, config, part, moved=.1)
+
+    assert fresh == pytest.approx((loss, gradients), rel=1e-5)
+    assert moved == pytest.approx((moved_loss, moved_gradients), rel=1e-5)
+
+
+def golden_nets(module, part):
+    """The blocks of a tiny model, or its baseline, and torch's random numbers in a known state."""
+    torch.manual_seed(0)
+    nets = baseline_of(module) if part == "end_to_end" else blocks_of(module)
+    torch.manual_seed(2)
+    return nets
 
 
 @reference
-def test_samples_are_those_of_the_first_version():
-    def made(module, part=None):
-        torch.manual_seed(0)
-        nets = randomised(train.build(module, tiny(module), part)) if part else blocks_of(module)
-        torch.manual_seed(2)
-        return nets
-    start, masks = torch.tensor([[1, 2, 3]]), torch.full((1, 16), 64)
-    for text, expected in (
-            (gpt.generate(made(gpt), start, 10, sampler="chain"), [26, 20, 21, 63, 8, 28, 35, 33, 5, 22]),
-            (gpt.generate(made(gpt, "end_to_end"), start, 8), [41, 43, 14, 22, 10, 63, 56, 4]),
-            (recurrent.generate(made(recurrent), start, 8, n_passes=4), [51, 8, 22, 47, 27, 42, 59, 18]),
-            (recurrent.generate(made(recurrent, "end_to_end"), start, 5, n_passes=3), [59, 38, 63, 63, 5]),
-            (mdm.fill(made(mdm), masks, mdm.Sampling(n_moves=8)), [50, 0, 14, 52, 10, 17, 3, 22])):
-        assert text[0].tolist()[-len(expected):] == expected
-    assert vit.classify(made(vit), IMAGES, "chain", 4, temperature=1.0).tolist() == [6, 1, 3, 3, 3, 3]
-    size = dit.generate_images(made(dit), LABELS, 6, 1.5).abs().sum().item()
-    assert size == pytest.approx(602.6353, rel=1e-4)
+@pytest.mark.parametrize("module, part, settings, expected", [
+    (gpt, "blocks", dict(sampler="chain"), [26, 20, 21, 63, 8, 28, 35, 33, 5, 22]),
+    (gpt, "end_to_end", {}, [41, 43, 14, 22, 10, 63, 56, 4]),
+    (recurrent, "blocks", dict(n_passes=4), [51, 8, 22, 47, 27, 42, 59, 18]),
+    (recurrent, "end_to_end", dict(n_passes=3), [59, 38, 63, 63, 5]),
+])
+def test_text_is_that_of_the_first_version(module, part, settings, expected):
+    nets = golden_nets(module, part)
+    text = module.generate(nets, torch.tensor([[1, 2, 3]]), len(expected), **settings)
+    assert text[0, 3:].tolist() == expected
 
 
 @reference
-def test_draws_and_shares_of_the_bound_are_those_of_the_first_version():
+def test_filled_masks_labels_and_images_are_those_of_the_first_version():
+    text = mdm.fill(golden_nets(mdm, "blocks"), torch.full((1, 16), 64), mdm.Sampling(n_moves=8))
+    assert text[0, -8:].tolist() == [50, 0, 14, 52, 10, 17, 3, 22]
+
+    labels = vit.classify(golden_nets(vit, "blocks"), IMAGES, "chain", 4, temperature=1.0)
+    assert labels.tolist() == [6, 1, 3, 3, 3, 3]
+
+    images = dit.generate_images(golden_nets(dit, "blocks"), LABELS, 6, 1.5)
+    assert images.abs().sum().item() == pytest.approx(602.6353, rel=1e-4)
+
+
+@reference
+def test_levels_noise_and_masks_are_drawn_as_in_the_first_version():
     noise, masking = LogNormal(3), Masking(3)
-    y = target_table(20, 8, 0)[torch.arange(6)]
-    found = [*noise.sample(1, 3).tolist(), *masking.sample(1, 2).tolist()]
+    y = target_table(20, 8, 0)[:6]
     lowest = torch.full((6,), noise.sigma_min)
-    found.append((noise.corrupt(y, lowest) - y).abs().sum(1).mean().item())
-    x = TOKENS[:, :-1]
+    tokens = TOKENS[:, :-1]
+
+    sigma = noise.sample(1, 3).tolist()
+    t = masking.sample(1, 2).tolist()
+    size_of_noise = (noise.corrupt(y, lowest) - y).abs().sum(1).mean().item()
+    shares = []  # of a bound to which each masked token adds 1
     for b in range(3):
         share = 0.0
-        for t, density in bound_draws(masking, b, x):
-            n_masked = (masking.corrupt(x, t, 64) == 64).sum(1)
+        for level, density in bound_draws(masking, b, tokens):
+            n_masked = (masking.corrupt(tokens, level, 64) == 64).sum(1)
             share += (density * n_masked).mean().item() / 4
-        found.append(share)
-    assert found == pytest.approx([
-        .24797505, .32497409, .429831, .48547041, .66880375, .010794488, 5.4013019, 5.3454314, 6.9884796], rel=1e-5)
+        shares.append(share)
+
+    assert sigma == pytest.approx([.24797505, .32497409, .429831], rel=1e-5)
+    assert t == pytest.approx([.48547041, .66880375], rel=1e-5)
+    assert size_of_noise == pytest.approx(.010794488, rel=1e-5)
+    assert shares == pytest.approx([5.4013019, 5.3454314, 6.9884796], rel=1e-5)
+
+
+# ---- Noise levels and their division among blocks ---------------------------------------------------------
+
+def test_layers_are_cut_evenly_or_as_told():
+    assert split_layers(12, 3) == [range(0, 4), range(4, 8), range(8, 12)]
+    assert split_layers(12, 3, "3,6,3") == [range(0, 3), range(3, 9), range(9, 12)]
+
+
+@pytest.mark.parametrize("n_layer, n_blocks, split", [
+    (12, 5, ""),         # no whole number each
+    (2, 3, ""),          # a block would be empty
+    (0, 1, ""),
+    (12, 0, ""),
+    (12, 3, "4,9,1"),    # more than there are
+    (12, 3, "6,6"),      # too few blocks
+    (12, 3, "3,3,3,3"),  # too many
+    (12, 3, "0,6,6"),    # an empty block
+    (12, 3, "6,6,0"),
+    (12, 3, "6,x,6"),
+    (12, 3, "6,,6"),
+    (12, 3, "-1,7,6"),
+])
+def test_layers_that_do_not_fit_are_refused(n_layer, n_blocks, split):
+    with pytest.raises(ValueError, match="layers cannot be cut"):
+        split_layers(n_layer, n_blocks, split)
+
+
+@pytest.mark.parametrize("boundaries", [
+    [.002, .3012, 80], [.002, .1796, .5050, 80], [.002, .1341, .3012, .6766, 80]])
+def test_levels_are_divided_by_the_papers_formula(boundaries):
+    noise = LogNormal(n_blocks=len(boundaries) - 1)
+    assert noise.boundaries == pytest.approx(boundaries, abs=5e-5)        # computed by hand
+
+
+def test_levels_are_divided_evenly_in_ln_sigma_or_as_told():
+    uniform = LogNormal(2, sigma_min=.01, sigma_max=100, edges="uniform")
+    assert uniform.boundaries == pytest.approx([.01, 1, 100])
+    for edges in ("0.1,7", "1e-1,7", " .1, 7e0"):
+        noise = LogNormal(3, edges=edges)
+        assert noise.interval(0) == (7, 80)
+        assert noise.interval(1) == (.1, 7)
+        assert noise.interval(2) == (.002, .1)
+
+
+@pytest.mark.parametrize("edges", [
+    "7", "1,2,3", "7,1", "1,1", "100,1", "1,100", "0.001,1", "-1,7", "nan,7", "1,inf", "1,seven", ""])
+def test_edges_that_do_not_fit_are_refused(edges):
+    with pytest.raises(ValueError, match="edges"):
+        LogNormal(3, edges=edges)
+
+
+@pytest.mark.parametrize("kind, wrong", [
+    (LogNormal, dict(sigma_min=90.0)),
+    (LogNormal, dict(sigma_min=0.0)),
+    (LogNormal, dict(p_std=0.0)),
+    (LogNormal, dict(p_mean=math.nan)),
+    (LogNormal, dict(sigma_max=math.inf)),
+    (LogNormal, dict(sigma_data=0.0)),
+    (LogNormal, dict(gamma=-1.0)),
+    (LogNormal, dict(n_blocks=0)),
+    (LogNormal, dict(weighting="EDM")),
+    (Masking, dict(gamma=-1.0)),
+    (Masking, dict(n_blocks=0)),
+    (Masking, dict(schedule="square")),
+    (Masking, dict(eps=0.0)),
+    (Masking, dict(eps=.5)),
+])
+def test_noise_that_cannot_be_is_refused_by_the_name_of_its_setting(kind, wrong):
+    name, = wrong
+    with pytest.raises(ValueError, match=name):
+        kind(**wrong)
+
+
+@pytest.mark.parametrize("far", [
+    dict(p_mean=60.0),                                       # all levels are below
+    dict(p_mean=-60.0),                                      # or above
+    dict(p_mean=0.0, p_std=.1, n_blocks=8, edges="uniform"),   # those of an outer block
+    dict(p_mean=4.0, p_std=.1, n_blocks=3, edges=".05,.5"),
+])
+def test_levels_that_would_never_be_drawn_are_refused_in_one_line(far):
+    with pytest.raises(data.UserError, match="37 p_std") as refused:
+        train.replaced(gpt.Config(n_layer=24), far)
+    assert "\n" not in str(refused.value)
+
+
+def test_levels_are_drawn_at_36_standard_deviations():
+    noise = LogNormal(p_mean=math.log(80) + 36, p_std=1.0)
+    sigma = noise.sample(0, 1000)
+    assert len(sigma.unique()) > 900
+    assert sigma.max() <= 80
+    # in the tail at x, a draw beyond it is about exponential, with mean 1 / x
+    assert (80 / sigma).log().mean().item() == pytest.approx(1 / 36, rel=.01)
+
+
+def probability(noise, lo, hi):
+    """Of sigma in [lo, hi] before it is cut, by the tail on whose side that lies: 1 - 1e-20 would be 1."""
+    a = (math.log(lo) - noise.p_mean) / noise.p_std / math.sqrt(2)
+    b = (math.log(hi) - noise.p_mean) / noise.p_std / math.sqrt(2)
+    if a > 0:
+        return (math.erfc(a) - math.erfc(b)) / 2
+    return (math.erfc(-b) - math.erfc(-a)) / 2
+
+
+@pytest.mark.parametrize("noise", [LogNormal(4, gamma=.1), LogNormal(6, edges="uniform", p_std=.4)])
+def test_draws_follow_the_log_normal_cut_to_the_widened_interval_even_in_the_far_tails(noise):
+    for b in range(noise.n_blocks):
+        lo, hi = noise.interval(b)
+        overlap = (hi / lo) ** noise.gamma
+        lo = max(lo / overlap, .002)
+        hi = min(hi * overlap, 80)
+        everything = probability(noise, lo, hi)
+
+        drawn = sorted(noise.sample(b, 1000).tolist())
+
+        for i, sigma in enumerate(drawn):  # stratified: each lies in its 1000th
+            below = probability(noise, lo, sigma) / everything
+            assert below == pytest.approx((i + .5) / 1000, abs=6e-4)
+
+
+def test_the_median_of_draws_is_known_in_the_far_tail():
+    noise = LogNormal(6, edges="uniform", p_std=.4)
+    assert noise.sample(0, 1001).median().item() == pytest.approx(12.9, abs=.05)
+
+
+ONE_OWNER = [LogNormal(1), LogNormal(4), LogNormal(4, edges="uniform"), LogNormal(4, edges="0.05,0.5,2"),
+             Masking(3), Masking(5, schedule="cosine")]
+
+
+@pytest.mark.parametrize("noise", ONE_OWNER)
+def test_each_level_has_one_owner_the_same_in_training_and_in_sampling(noise):
+    last = noise.n_blocks - 1
+    noise = replace(noise, gamma=0.0)
+    for b in range(noise.n_blocks):
+        lo, hi = noise.interval(b)
+        assert noise.block_of(hi) == b                       # lo < level <= hi
+        assert noise.block_of(math.nextafter(lo, 99)) == b
+        assert noise.block_of(lo) == min(b + 1, last)        # and the lowest level has an owner, too
+        drawn = noise.sample(b, 200)                         # in float32
+        assert lo * .99999 <= drawn.min()
+        assert drawn.max() <= hi * 1.00001
+
+
+@pytest.mark.parametrize("noise", ONE_OWNER)
+def test_block_0_owns_the_highest_levels_and_nobody_those_outside(noise):
+    assert noise.interval(0)[1] == noise.boundaries[-1]
+    for outside in (noise.boundaries[0] - .001, noise.boundaries[-1] + .001):
+        with pytest.raises(ValueError, match="no block owns"):
+            noise.block_of(outside)
+
+
+def test_a_samplers_levels_are_equal_quantiles_of_edms_noise_whatever_blocks_are_trained_on():
+    expected = LogNormal(4).boundaries[::-1]
+    for noise in (LogNormal(4), LogNormal(2, p_mean=1.2, p_std=.8), LogNormal(3, edges="uniform")):
+        assert noise.steps(5).tolist() == expected           # to the bit: a level can be the end of a block
+
+
+def test_a_sampler_has_four_levels_or_one_more_than_there_are_blocks_if_not_told():
+    assert len(LogNormal(2).steps()) == 4
+    assert len(LogNormal(6).steps()) == 7
+    assert len(LogNormal(6).steps(2)) == 2
+    with pytest.raises(ValueError, match="at least 2"):
+        LogNormal(6).steps(1)
+
+
+MASKINGS = [Masking(1), Masking(3), Masking(3, schedule="cosine")]
+
+
+def visible_by_definition(masking, t):
+    """alpha(t), but for eps (MD4, table 4)."""
+    if masking.schedule == "linear":
+        return 1 - t
+    return 1 - torch.cos(math.pi / 2 * (1 - t))
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_masks_have_their_schedule(masking):
+    y = torch.randint(9, (4, 100_000))
+    t = torch.tensor([0.0, .3, .8, 1.0])
+
+    z = masking.corrupt(y, t, mask_id=9)
+
+    masked = z == 9
+    assert torch.equal(z[~masked], y[~masked])
+    expected = 1 - visible_by_definition(masking, t)
+    assert torch.allclose(masked.float().mean(1), expected, atol=.006)
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_a_time_is_found_from_the_part_that_is_masked(masking):
+    for t in (0.0, .3, .8, 1.0):
+        masked = masking.mask_probability(torch.tensor(t, dtype=torch.float64)).item()
+        assert masking.time_of(masked) == pytest.approx(t)
+    assert masking.time_of(0.0) == 0                         # no time has as few masks, or as many
+    assert masking.time_of(1.0) == 1
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_the_weight_of_masks_is_the_derivative_of_the_log_of_the_masked_part(masking):
+    t = torch.tensor([.0, .05, .3, .8], dtype=torch.float64)
+    h = 1e-7
+    rise = masking.mask_probability(t + h).log() - masking.mask_probability(t).log()
+    assert torch.allclose(masking.weight(t), rise / h, rtol=2e-3)
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_every_block_has_an_equal_step_of_alpha_and_an_overlap_with_each_neighbour(masking):
+    step = (1 - 2e-4) / masking.n_blocks
+    for b in range(masking.n_blocks):
+        lo, hi = masking.interval(b)
+        wide_lo, wide_hi = masking.widened(b)
+        overlap_below = .05 * step * (lo > 0)
+        overlap_above = .05 * step * (hi < 1)
+        times = torch.tensor([wide_lo, lo, hi, wide_hi], dtype=torch.float64)
+        steps = masking.mask_probability(times).diff().tolist()
+        assert steps == pytest.approx([overlap_below, step, overlap_above], abs=1e-9)
+
+
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_times_of_a_batch_are_equally_far_apart(masking):
+    for b in range(masking.n_blocks):
+        lo, hi = masking.widened(b)
+        t = masking.sample(b, 64).double().sort().values
+        assert lo - 1e-6 <= t.min()
+        assert t.max() <= hi + 1e-6
+        assert (t.diff() - (hi - lo) / 64).abs().max() < 1e-4 / 64
+
+
+def test_times_between_moves_are_at_equal_distances_or_for_a_cosine_grid_near_1():
+    masking = Masking()
+    assert masking.times(4).tolist() == pytest.approx([1, .75, .5, .25, 0])
+    assert masking.times(2, start=.6).tolist() == pytest.approx([.6, .3, 0])
+
+    cosine = masking.times(3, "cosine").tolist()
+    assert cosine == pytest.approx([1, 3 ** .5 / 2, .5, 0])  # sines of 90, 60, 30 and 0 degrees
+    assert masking.times(2, "cosine", start=.6).tolist() == pytest.approx([.6, .6 / 2 ** .5, 0])
 
 
 def test_levels_of_the_bound_integrate_over_a_blocks_interval():
     noise = LogNormal(3)
     for b in range(3):
         lo, hi = noise.interval(b)
-        share = 0.0
+        integral = 0.0
         for sigma, density in bound_draws(noise, b, torch.zeros(6, 8), 500):
-            share += (density * sigma ** 2).mean().item() / 500
-        assert share == pytest.approx(math.log(hi / lo), rel=.02)          # of sigma^-3 sigma^2
-
-
-# ---- Noise levels and their division among blocks ---------------------------------------------------------
-
-def test_layers_and_levels_are_divided_as_in_the_paper_or_as_told_or_not_at_all():
-    assert split_layers(12, 3) == [range(0, 4), range(4, 8), range(8, 12)]
-    assert split_layers(12, 3, "3,6,3") == [range(0, 3), range(3, 9), range(9, 12)]
-    for ends in ([.002, .3012, 80], [.002, .1796, .5050, 80], [.002, .1341, .3012, .6766, 80]):
-        assert LogNormal(len(ends) - 1).boundaries == pytest.approx(ends, abs=5e-5)  # the paper's formula, by hand
-    assert LogNormal(2, sigma_min=.01, sigma_max=100, edges="uniform").boundaries == pytest.approx([.01, 1, 100])
-    noise = LogNormal(3, edges="0.1,7")
-    assert [noise.interval(b) for b in range(3)] == [(7, 80), (.1, 7), (.002, .1)]
-    for make, *wrong in ((LogNormal, 3, -1.2, 1.2, 90.0), (Masking, 3, -1.0), (split_layers, 12, 3, "4,9,1")):
-        with pytest.raises(ValueError):
-            make(*wrong)
-    for edges in ("7", "7,1", "100,1", "1,1"):
-        with pytest.raises(ValueError):
-            LogNormal(3, edges=edges)
-
-
-@pytest.mark.parametrize("noise", [LogNormal(4, gamma=.1), LogNormal(6, edges="uniform", p_std=.4)])
-def test_draws_follow_the_log_normal_cut_to_the_widened_interval_even_in_the_far_tails(noise):
-    def mass(a, b):  # probability of an interval, by the tail on whose side it is: 1 - 1e-20 would be 1
-        a, b = ((math.log(s) + 1.2) / noise.p_std / math.sqrt(2) for s in (a, b))
-        return (math.erfc(a) - math.erfc(b)) / 2 if a > 0 else (math.erfc(-b) - math.erfc(-a)) / 2
-    for b in range(noise.n_blocks):
-        lo, hi = noise.interval(b)
-        a = (hi / lo) ** noise.gamma
-        lo, hi = max(lo / a, .002), min(hi * a, 80)
-        q = sorted(mass(lo, s) / mass(lo, hi) for s in noise.sample(b, 1000).tolist())
-        assert max(abs(v - (i + .5) / 1000) for i, v in enumerate(q)) < 6e-4  # stratified: each in its 1000th
-    if noise.edges == "uniform":
-        assert noise.sample(0, 1001).median().item() == pytest.approx(12.9, abs=.05)
-
-
-@pytest.mark.parametrize("noise", [LogNormal(1), LogNormal(4), LogNormal(4, edges="uniform"), Masking(3),
-                                   LogNormal(4, edges="0.05,0.5,2"), Masking(5, schedule="cosine")])
-def test_each_level_has_one_owner_the_same_in_training_and_in_sampling(noise):
-    n, noise = noise.n_blocks, replace(noise, gamma=0.0)
-    assert noise.interval(0)[1] == noise.boundaries[-1]               # block 0 runs first, at the highest noise
-    for b in range(n):
-        lo, hi = noise.interval(b)
-        assert noise.block_of(hi) == b == noise.block_of(math.nextafter(lo, 99))
-        assert noise.block_of(lo) == min(b + 1, n - 1)   # lo < level <= hi, and the lowest has one, too
-        assert all(lo * .99999 <= s <= hi * 1.00001 for s in noise.sample(b, 200).tolist())    # in float32
-    for outside in (noise.boundaries[0] - .001, noise.boundaries[-1] + .001):
-        with pytest.raises(ValueError):
-            noise.block_of(outside)
-    if isinstance(noise, LogNormal) and noise.edges == "probability":
-        assert noise.steps(n + 1).tolist() == noise.boundaries[::-1]  # a grid can be the ends, to the bit
+            integral += (density * sigma ** 2).mean().item() / 500
+        assert integral == pytest.approx(math.log(hi / lo), rel=.02)      # of sigma^-3 sigma^2
 
 
 # ---- Loss, readout, sampler: against closed forms ---------------------------------------------------------
 
-def test_preconditioning_weight_and_loss_have_their_known_values_and_identities():
-    noise, sigma = LogNormal(weighting="edm"), torch.tensor([.002, .5, 3.0, 80.0], dtype=torch.float64)
-    (c_skip, c_out), (c_in, c_noise) = noise.output_scales(sigma), noise.input_scales(sigma)
-    assert c_skip[1].item() == pytest.approx(.5) and c_out[1].item() == pytest.approx(.5 ** .5 / 2)
-    assert torch.allclose(noise.weight(sigma) * c_out ** 2, torch.ones_like(sigma))
-    assert torch.allclose(c_in ** 2 * (sigma ** 2 + .25), torch.ones_like(sigma))
-    assert c_noise[2].item() == pytest.approx(math.log(3) / 4) and (LogNormal().weight(sigma) == 1).all()
-    # with D = z the error is sigma^2 |eps|^2, of mean 3 sigma^2: the weighted loss has a known expectation
-    y, levels = torch.zeros(200_000, 3), noise.icdf((torch.arange(100_000) + .5) / 100_000)
+def test_preconditioning_has_its_known_values_and_identities():
+    noise = LogNormal(weighting="edm")
+    sigma = torch.tensor([.002, .5, 3.0, 80.0], dtype=torch.float64)
+
+    c_skip, c_out = noise.output_scales(sigma)
+    c_in, c_noise = noise.input_scales(sigma)
+
+    one = torch.ones_like(sigma)
+    assert c_skip[1].item() == pytest.approx(.5)
+    assert c_out[1].item() == pytest.approx(.5 ** .5 / 2)
+    assert c_noise[2].item() == pytest.approx(math.log(3) / 4)
+    assert torch.allclose(c_in ** 2 * (sigma ** 2 + .25), one)
+    assert torch.allclose(noise.weight(sigma) * c_out ** 2, one)
+    assert torch.equal(LogNormal().weight(sigma), one)
+
+
+def test_the_weighted_loss_of_a_denoiser_that_does_nothing_has_its_known_mean():
+    noise = LogNormal(weighting="edm")
+    y = torch.zeros(200_000, 3)
     sigma = noise.sample(0, len(y))
-    error = (noise.corrupt(y, sigma) - y).pow(2).sum(1)
+
+    error = (noise.corrupt(y, sigma) - y).pow(2).sum(1)      # D = z, so that it is sigma^2 |eps|^2
     loss = score_loss(error, sigma, noise).item()
-    assert loss == pytest.approx((3 * (levels ** 2 + .25) / .25).mean().item(), rel=.05)
-    with pytest.raises(ValueError, match=r"\(9, 1\).*\(9,\)"):  # or the weight would be averaged away
-        score_loss(error[:9, None], sigma[:9], noise)
+
+    quantiles = (torch.arange(100_000) + .5) / 100_000
+    levels = noise.icdf(quantiles)
+    expected = 3 * (levels ** 2 + .25) / .25                 # 3 sigma^2 times the weight
+    assert loss == pytest.approx(expected.mean().item(), rel=.05)
+
+
+@pytest.mark.parametrize("errors, levels", [((9, 1), (9,)), ((9,), (9, 1)), ((9,), (8,)), ((), (9,))])
+def test_a_loss_of_other_shapes_than_its_levels_is_refused_by_both_shapes(errors, levels):
+    both = f"{re.escape(str(errors))}.*{re.escape(str(levels))}"
+    with pytest.raises(ValueError, match=both):              # or the weight would be averaged away
+        score_loss(torch.ones(errors), torch.ones(levels), LogNormal())
 
 
 def test_the_target_table_has_unit_rows_at_right_angles_where_there_is_room():
-    square, table = target_table(10, 32, 7), target_table(256, 32, 0)
+    square = target_table(10, 32, 7)
     assert torch.allclose(square @ square.T, torch.eye(10), atol=1e-6)
-    assert torch.allclose(table.norm(dim=1), torch.ones(256))
+    crowded = target_table(256, 32, 0)
+    assert torch.allclose(crowded.norm(dim=1), torch.ones(256))
 
 
 @reference
 def test_the_target_table_is_the_same_everywhere():
-    rounded = (target_table(256, 32, 0) * 2 ** 20).round().int().numpy().tobytes()
-    assert hashlib.sha256(rounded).hexdigest()[:16] == "41254622d3f45911"
+    rounded = (target_table(256, 32, 0) * 2 ** 20).round().int()
+    digest = hashlib.sha256(rounded.numpy().tobytes()).hexdigest()
+    assert digest[:16] == "41254622d3f45911"
+
+
+@each(gpt, vit, recurrent)
+def test_the_target_table_has_the_seed_that_config_names(module):
+    tables = [block.table for block in blocks_of(module, table_seed=3)]
+    for table in tables:
+        assert torch.equal(table, target_table(len(table), 32, 3))
+        assert not torch.equal(table, target_table(len(table), 32, 0))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_bayes_readout_is_bayes_rule_also_where_products_are_in_bf16(bf16):
-    table, sigma = target_table(20, 8, 0).double(), torch.tensor([.2, .7, 3.0], dtype=torch.float64)
-    z, log_prior = torch.randn(3, 8).double(), torch.randn(20).log_softmax(0).double()
-    gauss = torch.distributions.Normal(table, sigma.view(3, 1, 1))                  # (3, 20, 8)
-    exact = (gauss.log_prob(z[:, None]).sum(-1) + log_prior).softmax(-1)
+    table = target_table(20, 8, 0)
+    sigma = torch.tensor([.2, .7, 3.0])
+    z = torch.randn(3, 8)
+    log_prior = torch.randn(20).log_softmax(0)
+
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        found = bayes_logits(log_prior.expand(3, 20), z, sigma.float(), table.float()).softmax(-1)
-    assert torch.allclose(found.double(), exact, atol=1e-5)
+        logits = bayes_logits(log_prior.expand(3, 20), z, sigma, table)
+
+    likelihood = torch.distributions.Normal(table.double(), sigma.double().view(3, 1, 1))    # (3, 20, 8)
+    log_likelihood = likelihood.log_prob(z.double()[:, None]).sum(-1)                        # (3, 20)
+    exact = (log_likelihood + log_prior.double()).softmax(-1)
+    assert torch.allclose(logits.softmax(-1).double(), exact, atol=1e-5)
 
 
 def test_the_edm_readout_takes_z_at_low_noise_and_the_network_at_high_noise():
-    table, z, f = target_table(20, 8, 0), torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    table = target_table(20, 8, 0)
+    z, f = torch.randn(2, 2, 3, 8)
     low, high = edm_logits(f, z, torch.tensor([.002, 80.0]), table, LogNormal(), 16.0)
     assert torch.allclose(low, 16 * z[0] @ table.T, atol=.2)               # c_skip 1, c_out 0
     assert torch.allclose(high, 8 * f[1] @ table.T, atol=.2)               # c_skip 0, c_out 1/2
 
 
-def test_a_perfect_denoiser_is_carried_exactly_and_ideal_blocks_draw_from_the_prior():
-    table, log_p = target_table(10, 16, 0), torch.tensor([.05] * 8 + [.2, .4]).log()
-    (y, eps), seen, noise = torch.randn(2, 4, 5).double(), [], gpt.Config().noise
+def test_a_perfect_denoiser_is_carried_exactly():
+    steps = LogNormal().steps(6)
+    y, eps = torch.randn(2, 4, 5).double()
+    seen = []
 
     def perfect(z, sigma):
         assert torch.allclose(z, y + sigma * eps)
         seen.append(sigma)
         return y
-    assert torch.allclose(euler(perfect, y + 80 * eps, noise.steps(6)), y) and seen == noise.steps(6).tolist()
+    end = euler(perfect, y + 80 * eps, steps)
 
-    def ideal(b, z, sigma):
+    assert torch.allclose(end, y)
+    assert seen == steps.tolist()
+
+
+PRIOR = torch.tensor([.05] * 8 + [.2, .4]).log()
+
+
+@pytest.fixture
+def ideal_blocks():
+    """What blocks would say that know a prior of ten labels, and that a label has nothing to do with x."""
+    noise = LogNormal(4)
+    table = target_table(10, 16, 0)
+
+    def logits(b, z, sigma):
         assert noise.block_of(sigma[0].item()) == b
-        return bayes_logits(7 + log_p.expand(len(z), 10), z, sigma, table)  # not normalised
-    assert torch.allclose(average(ideal, (3,), table, noise, range(4)), log_p.expand(3, 10), atol=1e-5)
-    label = decode_labels(ideal, (4000,), table, noise, noise.steps(32), temperature=1.0)
-    assert torch.allclose(label.bincount(minlength=10) / 4000, log_p.exp(), atol=.05)
-    assert decode_labels(ideal, (3,), table, noise, noise.steps(5)).tolist() == [9, 9, 9]  # the most probable
+        prior = 7 + PRIOR.expand(len(z), 10)                 # not normalised
+        return bayes_logits(prior, z, sigma, table)
+    return SimpleNamespace(noise=noise, table=table, logits=logits)
 
 
-@pytest.mark.parametrize("noise", [Masking(1), Masking(3), Masking(3, schedule="cosine")])
-def test_masks_have_their_schedule_and_every_block_an_equal_step_of_it(noise):
-    y, t = torch.randint(9, (4, 100_000)), torch.tensor([0.0, .3, .8, 1.0])
-    z = noise.corrupt(y, t, 9)
-    alpha = 1 - t if noise.schedule == "linear" else 1 - torch.cos(math.pi / 2 * (1 - t))
-    assert torch.allclose((z == 9).float().mean(1), 1 - alpha, atol=.006) and (z[z != 9] == y[z != 9]).all()
-    assert [noise.time_of(noise.mask_probability(v).item()) for v in t.double()] == pytest.approx(t.tolist())
-    # the weight against a numerical derivative of the log of the masked part, which is its integral
-    s, h = torch.tensor([.0, .05, .3, .8], dtype=torch.float64), 1e-7
-    rate = (noise.mask_probability(s + h).log() - noise.mask_probability(s).log()) / h
-    assert torch.allclose(noise.weight(s), rate, rtol=2e-3)
+def test_a_chain_of_ideal_blocks_draws_from_the_prior(ideal_blocks):
+    steps = ideal_blocks.noise.steps(32)
+    labels = decode_labels(ideal_blocks.logits, (4000,), ideal_blocks.table, ideal_blocks.noise, steps, 1.0)
+    assert torch.allclose(labels.bincount(minlength=10) / 4000, PRIOR.exp(), atol=.05)
+
+
+def test_without_starting_noise_a_chain_of_ideal_blocks_ends_at_the_most_probable(ideal_blocks):
+    steps = ideal_blocks.noise.steps(5)
+    labels = decode_labels(ideal_blocks.logits, (3,), ideal_blocks.table, ideal_blocks.noise, steps)
+    assert labels.tolist() == [9, 9, 9]
+
+
+def test_an_average_of_ideal_blocks_is_the_prior(ideal_blocks):
+    log_p = average(ideal_blocks.logits, (3,), ideal_blocks.table, ideal_blocks.noise, range(4))
+    assert torch.allclose(log_p, PRIOR.expand(3, 10), atol=1e-5)
+
+
+def test_an_average_is_the_normalised_geometric_mean_of_what_blocks_say():
+    p = (2 * torch.randn(3, 5, 10)).softmax(-1)              # of three blocks for five examples
+
+    def logits(b, z, sigma):
+        return p[b].log() + 3 * b                            # not normalised
+    log_p = average(logits, (5,), target_table(10, 16, 0), LogNormal(3), range(3))
+
+    mean = p.double().prod(0) ** (1 / 3)
+    expected = mean / mean.sum(-1, keepdim=True)
+    assert torch.allclose(log_p.exp().double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("noise", [LogNormal(3, gamma=.3), LogNormal(2, p_mean=1.2, p_std=1.0, edges="4")])
+def test_for_an_average_a_block_is_asked_at_z_0_and_the_median_of_its_own_interval(noise):
+    asked = {}
+
+    def logits(b, z, sigma):
+        assert z.shape == (5, 16)
+        assert (z == 0).all()
+        asked[b] = sigma.tolist()
+        return torch.zeros(5, 10)
+    average(logits, (5,), target_table(10, 16, 0), noise, range(noise.n_blocks))
+
     for b in range(noise.n_blocks):
-        (lo, hi), (wide_lo, wide_hi), step = noise.interval(b), noise.widened(b), (1 - 2e-4) / noise.n_blocks
-        masked = noise.mask_probability(torch.tensor([wide_lo, lo, hi, wide_hi], dtype=torch.float64))
-        steps = [.05 * step * (lo > 0), step, .05 * step * (hi < 1)]       # an overlap with each neighbour
-        assert masked.diff().tolist() == pytest.approx(steps, abs=1e-9)
-        t = noise.sample(b, 64).double().sort().values                     # antithetic: equally far apart
-        assert wide_lo - 1e-6 <= t.min() and t.max() <= wide_hi + 1e-6
-        assert (t.diff() * 64 - (wide_hi - wide_lo)).abs().max() < 1e-4
+        not_widened = replace(noise, gamma=0.0)
+        median = not_widened.sample(b, 10_001).median().item()
+        assert asked[b] == pytest.approx([median] * 5, rel=1e-3)
+
+
+def test_scores_of_batches_add_up():
+    first = LabelScores(shares=[1.0, 2.0], ends=.5, alone=[3.0, 4.0], averaged=5.0)
+    second = LabelScores(shares=[10.0, 20.0], ends=.25, alone=[30.0, 40.0], averaged=50.0)
+    total = LabelScores.zero(2)
+    total += first
+    total += second
+    assert total == LabelScores(shares=[11.0, 22.0], ends=.75, alone=[33.0, 44.0], averaged=55.0)
+
+
+def test_tables_of_scores_name_each_block_and_the_bound_is_the_sum_of_its_shares():
+    scores = LabelScores(shares=[1.0, 2.0], ends=.5, alone=[3.0, 4.0], averaged=5.0)
+
+    rows, shares = scores.tables(10, "bits")
+
+    assert rows == {"blocks, averaged": {"bits": 50}, "block 0 alone": {"bits": 30},
+                    "block 1 alone": {"bits": 40}, "blocks, bound": {"bits": 35}}
+    assert shares == {"block 0": {"bits": 10}, "block 1": {"bits": 20}, "ends": {"bits": 5}}
+
+
+def test_one_block_has_no_average():
+    rows, _ = LabelScores(shares=[1.0], ends=.5, alone=[3.0], averaged=3.0).tables(1, "bits")
+    assert rows == {"block 0 alone": {"bits": 3}, "blocks, bound": {"bits": 1.5}}
+
+
+def test_windows_are_scored_together_as_many_as_have_512_megabytes_of_logits():
+    assert windows_at_once(n_class=2 ** 15, seq_len=2 ** 8, most=32) == 16
+    assert windows_at_once(n_class=64, seq_len=16, most=32) == 32
+    assert windows_at_once(n_class=2 ** 18, seq_len=2 ** 12, most=32) == 1
 
 
 # ---- All five models, by one contract ---------------------------------------------------------------------
 
+def sample_in_six_steps(module, nets, temperature=1.0):
+    """Labels, images or a token, by an Euler sampler or, of mdm, with six moves."""
+    start = TOKENS[:, :5]
+    if module is vit:
+        return vit.classify(nets, IMAGES, "chain", 6, temperature)
+    if module is dit:
+        return dit.generate_images(nets, LABELS, 6)
+    if module is mdm:
+        return mdm.fill(nets, torch.full((6, 16), 64), mdm.Sampling(n_moves=6, temperature=temperature))
+    if module is gpt:
+        return gpt.generate(nets, start, 1, temperature, sampler="chain", euler_steps=6)
+    return recurrent.generate(nets, start, 1, temperature, n_passes=6)
+
+
 @each(*MODELS)
-def test_each_level_runs_its_owner_only_and_a_chain_starts_at_the_full_noise(module, monkeypatch):
-    calls, nets, x = record(module, monkeypatch), blocks_of(module), TOKENS[:, :5]
-    {vit: lambda: vit.classify(nets, IMAGES, "chain", 6, temperature=1.0),
-     dit: lambda: dit.generate_images(nets, LABELS, 6),
-     mdm: lambda: mdm.fill(nets, torch.full((6, 16), 64), mdm.Sampling(n_moves=6)),
-     gpt: lambda: gpt.generate(nets, x, 1, sampler="chain", euler_steps=6),
-     recurrent: lambda: recurrent.generate(nets, x, 1, n_passes=6)}[module]()
-    owners, levels, z, _ = zip(*calls)
-    # quantiles 1, .8, .6 | .4, .2, 0 of two blocks' halves
-    assert list(owners) == ([0] * 6 if module is recurrent else [0, 0, 0, 1, 1, 1])
-    steps = [1 - i / 6 for i in range(6)] if module is mdm else nets[0].noise.steps(6).tolist()
-    assert levels == pytest.approx(steps)
-    if module is not mdm:  # of slots, the last is the one that is generated
-        first = z[0] if module.DATA == "images" else z[0][:, -1]
-        assert first.std().item() == pytest.approx(80, rel=.15)
+def test_each_level_runs_its_owner_only(module, monkeypatch):
+    nets = blocks_of(module)
+    evaluations = record_evaluations(module, monkeypatch)
+
+    sample_in_six_steps(module, nets)
+
+    owners = [evaluation.block for evaluation in evaluations]
+    levels = [evaluation.level for evaluation in evaluations]
+    if module is recurrent:
+        assert owners == [0, 0, 0, 0, 0, 0]
+    else:  # quantiles 1, .8, .6 | .4, .2, 0 of two blocks' halves
+        assert owners == [0, 0, 0, 1, 1, 1]
+    if module is mdm:
+        assert levels == pytest.approx([1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+    else:
+        assert levels == pytest.approx(nets[0].noise.steps(6).tolist())
+
+
+def first_z(module, evaluations):
+    """What a chain starts from: of slots, the last is the one that is generated."""
+    z = evaluations[0].z
+    return z if module.DATA == "images" else z[:, -1]
+
+
+@each(vit, dit, gpt, recurrent)
+def test_a_chain_starts_at_the_full_noise(module, monkeypatch):
+    nets = blocks_of(module)
+    evaluations = record_evaluations(module, monkeypatch)
+    sample_in_six_steps(module, nets)
+    assert first_z(module, evaluations).std().item() == pytest.approx(80, rel=.15)
+
+
+@each(vit, gpt, recurrent)
+def test_temperature_scales_the_noise_that_a_chain_starts_from(module, monkeypatch):
+    nets = blocks_of(module)
+    evaluations = record_evaluations(module, monkeypatch)
+
+    sample_in_six_steps(module, nets, temperature=.25)
+    assert first_z(module, evaluations).std().item() == pytest.approx(20, rel=.15)
+
+    evaluations.clear()
+    sample_in_six_steps(module, nets, temperature=0.0)
+    assert (first_z(module, evaluations) == 0).all()
 
 
 @each(gpt, vit, recurrent)
 def test_a_fresh_modulated_layer_is_a_plain_one(module):
-    block, x, cond = module.Block(tiny(module), 0), torch.randn(2, 9, 32), torch.randn(2, 1, 8)
-    layer = (block.core if module is recurrent else block.layers)[0]
+    block = module.Block(tiny(module), 0)
+    layer = block.core[0] if module is recurrent else block.layers[0]
     plain = type(layer)(block.config)
     plain.load_state_dict(layer.state_dict(), strict=False)
-    out, expected = layer(x, cond=cond), plain(x)
-    assert torch.equal(*(v[0] if isinstance(v, tuple) else v for v in (out, expected)))
+    x = torch.randn(2, 9, 32)
+
+    out = layer(x, cond=torch.randn(2, 1, 8))
+    expected = plain(x)
+
+    if module is not vit:  # the second value is a cache
+        out, expected = out[0], expected[0]
+    assert torch.equal(out, expected)
+
+
+@each(gpt, vit, recurrent)
+@pytest.mark.parametrize("readout, scale", [("bayes", 1 / .002 ** 2), ("edm", 16)])
+def test_the_readout_is_the_one_that_config_names(module, readout, scale):
+    block = module.Block(tiny(module, n_blocks=1, readout=readout), 0)
+    z = .05 * torch.randn(6, 16, 32)
+    sigma = torch.full((6,), .002)                           # so low that z decides
+
+    if module is vit:
+        z = z[:, 0]
+        logits = block.logits(IMAGES, z, sigma)
+    elif module is gpt:
+        x = TOKENS[:, :-1]
+        logits = block.logits(x, z, sigma, block.context(x))
+    else:
+        e, _ = block.condition(TOKENS[:, :-1])
+        logits, _ = block.logits(e, z, sigma)
+
+    found = logits - logits.mean(-1, keepdim=True)
+    expected = scale * z @ block.table.T
+    expected = expected - expected.mean(-1, keepdim=True)
+    assert (found - expected).norm() < .05 * expected.norm()
 
 
 @each(*MODELS)
-def test_blocks_share_nothing_and_the_control_has_one_blocks_layers(module):
-    config, seen = tiny(module, **({} if module is recurrent else {"n_blocks": 4})), set()
+def test_blocks_share_nothing(module):
+    config = tiny(module, n_blocks=4)
     nets = [module.Block(config, b) for b in range(config.noise.n_blocks)]
+    owned = set()
     for net in nets:
-        own = [*net.parameters(), *(v for k, v in net.named_buffers() if k != "table")]
-        places = {v.untyped_storage().data_ptr() for v in own}
-        assert not places & seen and all(p.requires_grad for p in net.parameters())
-        seen |= places
-    control = module.EndToEnd(config.control())
-    if module is recurrent:  # one pass, from an empty state
-        assert {control.draw_passes() for _ in range(50)} == {1} and len(control.core) == config.n_core
-        assert (control.first_state(torch.ones(1, 2, 32)) == 0).all()
-    else:
-        assert len(control.layers) == 1 == len(nets[0].layers) and len(module.EndToEnd(config).layers) == 4
-        assert [len(module.Block(tiny(module, layer_split="3,1"), b).layers) for b in range(2)] == [3, 1]
+        assert all(p.requires_grad for p in net.parameters())
+        tensors = [*net.parameters()]
+        tensors += [buffer for name, buffer in net.named_buffers() if name != "table"]
+        places = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        assert not places & owned
+        owned |= places
 
 
-@pytest.mark.parametrize("module, n, how", [
-    (gpt, 4, dict(sampler="chain", euler_steps=4)), (gpt, 2, dict(sampler="averaged")),
-    (recurrent, 4, dict(n_passes=4))])                                     # n evaluations for each token
-def test_generation_computes_what_training_computes_with_a_cache_and_without(module, n, how, monkeypatch):
-    monkeypatch.setattr(LogNormal, "corrupt", lambda self, y, sigma: y)    # known slots hold their tokens
-    nets, logits, calls = blocks_of(module), module.Block.logits, record(module, monkeypatch)
-    for use_cache in (True, False):
-        torch.manual_seed(1)
-        out = module.generate(nets, TOKENS[:2, :4], 30, use_cache=use_cache, **how)  # far beyond the window of 16
-        assert out.shape == (2, 34) and torch.equal(out[:, :4], TOKENS[:2, :4]) and len(out.unique()) > 8
-    for k, (cached, uncached) in enumerate(zip(calls[:30 * n], calls[30 * n:], strict=True)):
-        (b, level, z, found), other = cached, uncached[3]
-        x, sigma = out[:, :4 + k // n], torch.full((2,), level)
-        z = torch.cat([nets[b].table[x[:, 1:]], z[:, -1:]], dim=1)
-        if module is gpt:
-            whole = logits(nets[b], x, z, sigma, nets[b].context(x))
-        else:
-            found, other, whole = found[0], other[0], logits(nets[b], nets[b].condition(x)[0], z, sigma)[0]
-        same = [found, other] + [whole] * (x.shape[1] <= 16)               # the first window: slots at once
-        same = [min(1.0, level ** 2) * v[:, -1] for v in same]             # the size of what the network adds
-        assert all(torch.allclose(same[0], v, atol=1e-3) for v in same[1:])
+@each(gpt, vit, dit, mdm)
+def test_blocks_have_the_layers_of_the_split_and_the_control_those_of_the_largest(module):
+    config = tiny(module, n_blocks=4)
+    assert [len(module.Block(config, b).layers) for b in range(4)] == [1, 1, 1, 1]
+    assert len(module.EndToEnd(config).layers) == 4
+    assert len(module.EndToEnd(config.control()).layers) == 1
+
+    config = tiny(module, n_layer=6, layer_split="4,2")
+    assert [len(module.Block(config, b).layers) for b in range(2)] == [4, 2]
+    assert len(module.EndToEnd(config).layers) == 6
+    assert len(module.EndToEnd(config.control()).layers) == 4
+
+    config = tiny(module, n_layer=6, n_blocks=3, layer_split="1,2,3")
+    assert len(module.EndToEnd(config.control()).layers) == 3
 
 
-def test_what_is_scored_or_sampled_is_without_dropout(tmp_path, monkeypatch):
-    seen, flags = [], ["--model=vit", f"--out={tmp_path}", "--device=cpu", "--threads=1"]
-    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: (seen.append(self.training), x)[1])
-    for part in ("--block=all", "--end-to-end"):
-        train.main([*flags, part, "--n-layer=1", "--n-blocks=1", "--n-embd=8", "--n-mlp=8", "--steps=1"])
-    assert True in seen
-    seen.clear()
-    for act in ("--eval", "--sample"):
-        train.main([*flags, act])
+def test_the_control_of_recurrent_makes_one_pass_from_an_empty_state():
+    control = recurrent.EndToEnd(tiny(recurrent).control())
+    assert len(control.core) == 2
+    assert {control.draw_passes() for _ in range(50)} == {1}
+    assert (control.first_state(torch.ones(1, 2, 32)) == 0).all()
+
+
+@each(dit, mdm)
+def test_the_control_and_the_baseline_are_trained_on_all_levels(module):
+    config = tiny(module, n_blocks=4, layer_split="1,1,1,1")
+    for net in (module.EndToEnd(config), module.EndToEnd(config.control())):
+        assert net.noise.interval(0) == (config.noise.boundaries[0], config.noise.boundaries[-1])
+        assert replace(net.noise, n_blocks=4) == config.noise
+
+
+def without_noise(self, y, sigma):
+    return y
+
+
+def logits_of_training(module, block, x, z, sigma):
+    """Logits (B, T, V) of all slots at once, as a block computes them in training."""
+    if module is gpt:
+        return block.logits(x, z, sigma, block.context(x))
+    e, _ = block.condition(x)
+    logits, _ = block.logits(e, z, sigma)
+    return logits
+
+
+@pytest.mark.parametrize("module, per_token, settings", [
+    (gpt, 4, dict(sampler="chain", euler_steps=4)),
+    (gpt, 2, dict(sampler="averaged")),
+    (recurrent, 4, dict(n_passes=4)),
+])
+def test_generation_computes_what_training_computes_with_a_cache_and_without(module, per_token, settings,
+                                                                             monkeypatch):
+    monkeypatch.setattr(LogNormal, "corrupt", without_noise)  # known slots hold their tokens
+    nets = blocks_of(module)
+    evaluations = record_evaluations(module, monkeypatch)
+    start = TOKENS[:2, :4]
+
+    torch.manual_seed(1)
+    text = module.generate(nets, start, 30, use_cache=True, **settings)    # far beyond the window of 16
+    cached = list(evaluations)
+    evaluations.clear()
+    torch.manual_seed(1)
+    assert torch.equal(text, module.generate(nets, start, 30, use_cache=False, **settings))
+    uncached = list(evaluations)
+
+    assert text.shape == (2, 34)
+    assert torch.equal(text[:, :4], start)
+    assert len(text.unique()) > 8
+    assert len(cached) == len(uncached) == 30 * per_token
+    for k, (one, other) in enumerate(zip(cached, uncached)):
+        size = min(1.0, one.level ** 2)                      # of what the network adds to z
+        answer = size * one.answer[:, -1]
+        assert torch.allclose(answer, size * other.answer[:, -1], atol=1e-3)
+        x = text[:, :4 + k // per_token]
+        if x.shape[1] <= 16:  # in the first window: all slots at once
+            block = nets[one.block]
+            z = torch.cat([block.table[x[:, 1:]], one.z[:, -1:]], dim=1)
+            whole = logits_of_training(module, block, x, z, torch.full((2,), one.level))
+            assert torch.allclose(answer, size * whole[:, -1], atol=1e-3)
+
+
+@each(gpt, recurrent)
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("part", ["blocks", "end_to_end"])
+def test_a_full_window_drops_its_older_half_and_no_position_is_untrained(module, part, use_cache, monkeypatch):
+    nets = blocks_of(module) if part == "blocks" else baseline_of(module)
+    rotations = record_arguments(module, "rotate", monkeypatch)
+
+    module.generate(nets, TOKENS[:1, :4], 30, use_cache=use_cache)
+
+    last_positions = [call["start"] + call["x"].shape[2] for call in rotations]  # from 1
+    windows = [window for window, _ in itertools.groupby(last_positions)]
+    assert windows == [*range(4, 17), *range(9, 17), *range(9, 17), 9]
+
+
+@each(gpt, recurrent)
+def test_a_prompt_longer_than_the_window_is_read_from_its_last_part(module, monkeypatch):
+    prompt = torch.arange(40).expand(1, -1)
+    embedded = []
+
+    def record(net, args):
+        embedded.append(args[0].tolist())
+    net = baseline_of(module)
+    net.embed.register_forward_pre_hook(record)
+    module.generate(net, prompt, 1)
+    assert embedded == [[list(range(24, 40))]]
+
+
+# ---- Dropout ----------------------------------------------------------------------------------------------
+
+def record_dropout(monkeypatch):
+    """A list that fills with (is training, shape) of each call of a dropout, which then drops nothing."""
+    calls = []
+
+    def forward(self, x):
+        calls.append((self.training, tuple(x.shape)))
+        return x
+    monkeypatch.setattr(nn.Dropout, "forward", forward)
+    return calls
+
+
+@each(vit, dit)
+def test_dropout_is_after_attention_and_inside_and_after_the_mlp(module, monkeypatch):
+    net = module.Block(tiny(module, n_blocks=4, dropout=.3), 0)    # of one layer
+    rates = [m.p for m in net.modules() if isinstance(m, nn.Dropout)]
+    assert set(rates) == {.3}
+    calls = record_dropout(monkeypatch)
+
+    net(BATCH[module])
+
+    n_token = 17 if module is vit else 16
+    shapes = [shape for _, shape in calls]
+    assert shapes == [(6, n_token, 32), (6, n_token, 64), (6, n_token, 32)]
+
+
+def test_training_is_with_dropout_and_what_is_scored_or_sampled_is_without(tmp_path, monkeypatch):
+    calls = record_dropout(monkeypatch)
+    flags = ["--model=vit", f"--out={tmp_path}", "--device=cpu", "--threads=1"]
+    size = ["--n-layer=1", "--n-blocks=1", "--n-embd=8", "--n-mlp=8", "--steps=1"]
+
+    train.main([*flags, *size, "--block=all"])
+    train.main([*flags, *size, "--end-to-end"])
+    assert any(training for training, _ in calls)
+
+    calls.clear()
+    train.main([*flags, "--eval"])
+    train.main([*flags, "--sample"])
+    assert len(calls) > 20
+    assert not any(training for training, _ in calls)
+
+
+def test_validation_is_without_dropout_and_training_goes_on_with_it(monkeypatch):
+    calls = record_dropout(monkeypatch)
     net = vit.EndToEnd(tiny(vit, dropout=.1))
-    assert math.isfinite(train.validate(net, BATCH[vit])) and net.training
-    net = randomised(dit.Block(tiny(dit, label_drop=1.0), 0))               # nor is a label withheld
-    assert train.validate(net, (IMAGES, LABELS)) != train.validate(net, (IMAGES, (LABELS + 1) % 10))
-    assert len(seen) > 20 and not any(seen)
+    assert math.isfinite(train.validate(net, BATCH[vit]))
+    assert calls
+    assert not any(training for training, _ in calls)
+    assert net.training
 
+
+# ---- Presets, and code that five files share --------------------------------------------------------------
 
 def preset_config(module, name):
     """The Config of a preset, with facts as its data would have them."""
-    facts = dict(vocab_size=300, image_size=64 if "tiny" in name else 32, n_channel=4 if "256" in name else 3,
-                 n_class=1000 if "256" in name else 100)
+    facts = dict(vocab_size=300, image_size=32, n_channel=3, n_class=100)
+    if "tiny" in name:
+        facts["image_size"] = 64
+    if "256" in name:
+        facts["n_channel"] = 4
+        facts["n_class"] = 1000
     return train.replaced(module.Config(), module.PRESETS[name] | facts)
 
 
@@ -466,11 +1030,15 @@ def test_presets_name_what_exists_and_can_be_built(module, name):
 
 @reference
 @pytest.mark.parametrize("module, name, millions", [
-    (vit, "tiny-imagenet", 86), (dit, "cifar10", 33), (dit, "imagenet256", 458)])
-def test_presets_have_the_papers_sizes(module, name, millions):             # ViT-B, DiT-S/2, DiT-L/2
+    (vit, "tiny-imagenet", 86),  # ViT-B
+    (dit, "cifar10", 33),        # DiT-S/2
+    (dit, "imagenet256", 458),   # DiT-L/2
+])
+def test_presets_have_the_papers_sizes(module, name, millions):
     with torch.device("meta"):
         whole = module.EndToEnd(preset_config(module, name))
-    assert sum(p.numel() for p in whole.parameters()) / 1e6 == pytest.approx(millions, rel=.02)
+    n_parameters = sum(p.numel() for p in whole.parameters())
+    assert n_parameters / 1e6 == pytest.approx(millions, rel=.02)
 
 
 @reference
@@ -480,134 +1048,621 @@ def test_what_has_the_same_name_in_two_model_files_is_the_same_code():
         for name, thing in vars(module).items():
             if getattr(thing, "__module__", "") == module.__name__:
                 sources.setdefault(name, set()).add(inspect.getsource(thing))
-    assert {name for name, found in sources.items() if len(found) > 1} == {
-        "Config", "Sampling", "Block", "EndToEnd", "generate", "next_token", "sample", "evaluate"}
+    different = {name for name, found in sources.items() if len(found) > 1}
+    assert different == {"Config", "Sampling", "Block", "EndToEnd", "generate", "next_token", "sample", "evaluate"}
+
+
+@each(gpt, mdm, recurrent)
+def test_rotary_positions_let_a_product_depend_on_the_distance_alone(module):
+    q, k = torch.randn(2, 1, 1, 1, 16)
+
+    def product(position_of_q, position_of_k):
+        return (module.rotate(q, position_of_q) * module.rotate(k, position_of_k)).sum().item()
+    assert product(7, 4) == pytest.approx(product(103, 100), abs=1e-4)
+    assert product(7, 4) != pytest.approx(product(7, 5), abs=1e-3)
+    assert torch.equal(module.rotate(q), q)                  # at position 0
 
 
 # ---- What is each model's own -----------------------------------------------------------------------------
 
-@each(gpt, recurrent)
-def test_a_slot_sees_what_is_known_when_it_is_generated_and_is_scored_on_its_own_token(module):
-    block, embedded, z = blocks_of(module)[0], [], torch.randn(1, 16, 32, requires_grad=True)
+def embeddings_as_leaves(block):
+    """A list that fills with what a block's embedding returns, from where gradients go no further back."""
+    leaves = []
 
-    def leaf(net, args, out):
-        embedded.append(out.detach().requires_grad_())
-        return embedded[-1]
-    block.embed.register_forward_hook(leaf)
-    x, one = TOKENS[:1, :-1], torch.ones(1)
-    logits = (block.logits(x, z, one, block.context(x)) if module is gpt else
-              block.logits(block.condition(x)[0], z, one)[0])
-    logits = logits - bayes_logits(torch.zeros(64), z, one, block.table)   # what the network itself says
+    def detach(net, args, out):
+        leaf = out.detach().requires_grad_()
+        leaves.append(leaf)
+        return leaf
+    block.embed.register_forward_hook(detach)
+    return leaves
+
+
+def reaches(gradient):
+    """[whether a token has a gradient] of gradients (1, T, C)."""
+    return gradient[0].abs().sum(-1) > 0
+
+
+@each(gpt, recurrent)
+def test_a_slot_sees_what_is_known_when_it_is_generated(module):
+    block = blocks_of(module)[0]
+    leaves = embeddings_as_leaves(block)
+    z = torch.randn(1, 16, 32, requires_grad=True)
+    sigma = torch.ones(1)
+
+    logits = logits_of_training(module, block, TOKENS[:1, :-1], z, sigma)
+    from_z_directly = bayes_logits(torch.zeros(64), z, sigma, block.table)
+    said = logits - from_z_directly                          # by the network itself
+
     for i in range(16):
-        grads = torch.autograd.grad(logits[0, i].sin().sum(), [z, *embedded], retain_graph=True)
-        own, clean = grads[0][0].abs().sum(-1) > 0, sum(g[0].abs().sum(-1) for g in grads[1:]) > 0
+        of_z, *of_tokens = torch.autograd.grad(said[0, i].sin().sum(), [z, *leaves], retain_graph=True)
+        sees_token = sum(gradient.abs() for gradient in of_tokens)
+        assert reaches(sees_token).tolist() == [j <= i for j in range(16)]
         # z_j is of token j + 1: gpt has clean tokens beside, recurrent reads the earlier slots
-        assert own.tolist() == [j == i or module is recurrent and j < i for j in range(16)]
-        assert clean.tolist() == [j <= i for j in range(16)]
-    # at low noise z alone names the token, so that the loss is next to nothing if it is the target
-    assert train.build(module, tiny(module, n_blocks=1, sigma_max=.05), "block_0")(TOKENS).item() < 1e-3
+        if module is gpt:
+            assert reaches(of_z).tolist() == [j == i for j in range(16)]
+        else:
+            assert reaches(of_z).tolist() == [j <= i for j in range(16)]
 
 
 @each(gpt, recurrent)
-def test_the_baseline_is_causal_and_a_cache_changes_nothing(module):
-    net, x, out = randomised(module.EndToEnd(tiny(module))), TOKENS[:, :16].clone(), []
-    for _ in range(2):
-        torch.manual_seed(1)
-        logits = net.logits(x)
-        out.append(logits[0] if module is gpt else logits)
-        x[:, 9] = (x[:, 9] + 1) % 64
-    same = torch.isclose(*out).flatten(2).all(-1)                          # (6, 16)
-    assert same[:, :9].all() and not same[:, 9:].any()
-    for use_cache in (True, False):
-        torch.manual_seed(1)
-        out.append(module.generate(net, TOKENS[:, :4], 20, use_cache=use_cache))
-    assert torch.equal(*out[2:])
+def test_a_slot_is_scored_on_its_own_token(module):
+    # at low noise z alone names the token, so that the loss is next to nothing if it is the target
+    net = train.build(module, tiny(module, n_blocks=1, sigma_max=.05), "block_0")
+    assert net(TOKENS).item() < 1e-3
 
 
-def test_an_ideal_denoiser_carries_noise_to_data_and_guidance_extrapolates(monkeypatch):
-    nets, data = blocks_of(dit, image_size=4, n_channel=4), torch.randn(12, 4, 4, 4) * .5
+@each(gpt, recurrent)
+def test_the_baseline_is_causal(module):
+    net = baseline_of(module)
+
+    def logits(x):
+        torch.manual_seed(1)
+        found = net.logits(x)
+        return found[0] if module is gpt else found          # gpt returns a cache, too
+    before = logits(TOKENS[:, :16])
+    other = TOKENS[:, :16].clone()
+    other[:, 9] = (other[:, 9] + 1) % 64
+    after = logits(other)
+
+    same = torch.isclose(before, after).all(-1)              # (6, 16)
+    assert same[:, :9].all()
+    assert not same[:, 9:].any()
+
+
+@each(gpt, recurrent)
+def test_a_cache_changes_nothing_that_the_baseline_generates(module):
+    net = baseline_of(module)
+    torch.manual_seed(1)
+    cached = module.generate(net, TOKENS[:, :4], 20, use_cache=True)
+    torch.manual_seed(1)
+    uncached = module.generate(net, TOKENS[:, :4], 20, use_cache=False)
+    assert torch.equal(cached, uncached)
+
+
+def test_an_ideal_denoiser_carries_noise_to_data(monkeypatch):
+    nets = blocks_of(dit, image_size=4, n_channel=4)
+    data = torch.randn(12, 4, 4, 4) * .5
+
+    def posterior_mean(self, z, sigma, label):
+        squared = (z[:, None] - data).pow(2).flatten(2).sum(2).double()    # (B, 12)
+        near = (-squared / (2 * sigma.double()[:, None] ** 2)).softmax(1)
+        return (near.float() @ data.flatten(1)).view_as(z)
+    monkeypatch.setattr(dit.Block, "denoise", posterior_mean)
+    images = dit.generate_images(nets, torch.zeros(200, dtype=torch.long), 60)
+
+    far = (images[:, None] - nets[0].decode(data)).abs().amax((2, 3, 4))   # (200, 12)
+    assert far.min(1).values.max() < 1e-3                    # every sample is a data point
+    assert len(far.argmin(1).unique()) >= 10                 # and nearly all of them are found
+
+
+def constant_of_a_class(self, z, sigma, label):
+    """In the place of denoise: an image of class k is k everywhere; without a label it is 3."""
+    value = torch.where(label == 10, 3.0, label.float())
+    return value.view(-1, 1, 1, 1).expand_as(z)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5, 0.0])
+def test_guidance_extrapolates_from_no_label_to_the_label(guidance, monkeypatch):
+    nets = blocks_of(dit, n_channel=4)
+    monkeypatch.setattr(dit.Block, "denoise", constant_of_a_class)
+    images = dit.generate_images(nets, torch.tensor([5]), 4, guidance)
+    expected = nets[0].decode(torch.tensor(3 + guidance * (5 - 3.0)))
+    assert torch.allclose(images, expected, atol=1e-4)
+
+
+def test_many_images_are_each_of_their_class(monkeypatch):
+    nets = blocks_of(dit, n_channel=4)
+    monkeypatch.setattr(dit.Block, "denoise", constant_of_a_class)
+    label = torch.arange(600) % 10                           # more than are generated at once
+    images = dit.generate_images(nets, label, 2)
+    expected = nets[0].decode(label.float()).view(600, 1, 1, 1).expand(600, 4, 8, 8)
+    assert torch.allclose(images, expected, atol=1e-4)
+
+
+def test_images_are_scaled_to_mean_0_and_the_standard_deviation_sigma_data():
+    net = blocks_of(dit, data_mean=.3, data_std=.2)[0]
+    images = .3 + .2 * torch.randn(64, 3, 8, 8)
+    y = net.encode(images)
+    assert y.mean().item() == pytest.approx(0, abs=.02)
+    assert y.std().item() == pytest.approx(.5, rel=.02)
+    assert torch.allclose(net.decode(y), images, atol=1e-6)
+
+
+def test_a_label_is_withheld_in_training_as_often_as_told_and_never_in_validation(monkeypatch):
+    net = dit.Block(tiny(dit, label_drop=.25), 0)
+    labels = []
 
     def denoise(self, z, sigma, label):
-        far = (z[:, None] - data).pow(2).flatten(2).sum(2)                 # (B, 12)
-        near = (-far.double() / (2 * sigma.double()[:, None] ** 2)).softmax(1).float()
-        return (near @ data.flatten(1)).view_as(z)                         # the posterior mean
+        labels.append(label)
+        return z
     monkeypatch.setattr(dit.Block, "denoise", denoise)
-    images = dit.generate_images(nets, torch.zeros(200, dtype=torch.long), 60)
-    far = (images[:, None] - nets[0].decode(data)).abs().amax((2, 3, 4))   # (200, 12)
-    assert far.min(1).values.max() < 1e-3                                  # every sample is a data point
-    assert len(far.argmin(1).unique()) >= 10                               # and nearly all of them are found
+    batch = (torch.zeros(4000, 3, 8, 8), torch.arange(4000) % 10)
 
-    def flat(self, z, sigma, label):  # of class k: k everywhere; without a label: 3
-        return torch.where(label == 10, 3.0, label.float()).view(-1, 1, 1, 1).expand_as(z)
-    monkeypatch.setattr(dit.Block, "denoise", flat)
-    for guidance in (1.0, 2.5, 0.0):
-        images = dit.generate_images(nets, torch.tensor([5]), 4, guidance)
-        assert torch.allclose(images, nets[0].decode(torch.tensor(3 + guidance * 2.0)), atol=1e-4)
+    net(batch)
+    withheld = labels[0] == 10
+    assert withheld.float().mean().item() == pytest.approx(.25, abs=.02)
+    assert torch.equal(labels[0][~withheld], batch[1][~withheld])
+
+    labels.clear()
+    train.validate(net, batch)
+    assert torch.equal(torch.cat(labels), batch[1])
 
 
-def test_a_recurrence_starts_from_cut_noise_has_its_mean_of_passes_and_gradients_in_the_last():
-    net, graded, std = recurrent.EndToEnd(tiny(recurrent, mean_passes=32)), [], .4 ** .5
-    state = net.first_state(torch.empty(100, 100, 32))                     # normal, cut at 3 deviations
-    assert state.abs().max() < 3.001 * std and abs(state.mean()) < .005
+@each(vit, dit)
+def test_patches_are_squares_row_by_row(module):
+    pixels = torch.arange(36.0).view(1, 1, 6, 6)
+    found = module.patches(pixels, 2)
+    assert found.shape == (1, 9, 4)
+    assert found[0, 0].tolist() == [0, 1, 6, 7]
+    assert found[0, 1].tolist() == [2, 3, 8, 9]
+    assert found[0, 3].tolist() == [12, 13, 18, 19]
+
+
+def test_patches_are_put_together_where_they_were():
+    images = torch.randn(2, 3, 6, 6)
+    assert torch.equal(dit.unpatch(dit.patches(images, 2), 2, 6), images)
+
+
+def test_a_position_of_dit_tells_row_and_column():
+    positions = dit.sincos_positions(5, 16).view(5, 5, 16)
+    rows, columns = positions.split(8, dim=-1)
+    assert torch.equal(rows, rows[:, :1].expand(5, 5, 8))
+    assert torch.equal(columns, columns[:1].expand(5, 5, 8))
+    assert torch.equal(rows[:, 0], columns[0])
+    assert len(positions.view(25, 16).unique(dim=0)) == 25
+
+
+def test_pixels_are_rounded_to_bytes():
+    exact = torch.arange(256) / 127.5 - 1
+    for images in (exact, exact + 1e-3, exact - 1e-3):
+        assert torch.equal(dit.to_bytes(images), torch.arange(256).byte())
+    assert dit.to_bytes(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+@pytest.mark.parametrize("n_channel, rounded", [(1, True), (3, True), (4, False)])
+def test_generated_pixels_are_whole_bytes_and_latents_are_not(n_channel, rounded):
+    images = dit.generate_images(blocks_of(dit, n_channel=n_channel), LABELS, 3)
+    levels = (images + 1) * 127.5
+    assert torch.allclose(levels, levels.round(), atol=1e-3) == rounded
+
+
+def test_an_image_that_is_not_finite_is_refused(monkeypatch):
+    monkeypatch.setattr(dit.Block, "denoise", lambda self, z, sigma, label: z * math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        dit.generate_images(blocks_of(dit), LABELS, 3)
+
+
+def test_a_picture_has_images_in_rows_enlarged_with_a_black_frame():
+    greys = torch.tensor([10, 20, 30, 40, 50, 60]) / 127.5 - 1
+    images = greys.view(6, 1, 1, 1).expand(6, 1, 8, 8).clone()
+    images[0, 0, 0, 1] = 1.0                                 # a white dot in the first row, second column
+
+    pixels = dit.picture(images, n_columns=3)
+
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (2 * 34, 3 * 34, 3)               # 8 pixels four times, and a frame
+    assert pixels[17::34, 17::34, 0].tolist() == [[10, 20, 30], [40, 50, 60]]
+    assert torch.equal(pixels[..., 0], pixels[..., 2])       # grey
+    assert (pixels[0] == 0).all()
+    assert (pixels[:, 33] == 0).all()
+    assert pixels[1:5, 5:9].unique().tolist() == [255]
+    assert (pixels == 255).sum() == 3 * 16
+
+
+def test_a_class_is_found_by_its_name_or_else_by_its_number():
+    names = ["cat", "dog", "0"]
+    assert dit.class_number("dog", names) == 1
+    assert dit.class_number("1", names) == 1
+    assert dit.class_number(1, names) == 1
+    assert dit.class_number("0", names) == 2                 # a name
+    for wrong in ("cow", "3", "-1", ""):
+        with pytest.raises(ValueError, match="no class"):
+            dit.class_number(wrong, names)
+
+
+def test_a_picture_has_a_row_per_class(monkeypatch, capsys):
+    calls = record_arguments(dit, "generate_images", monkeypatch)
+    data = SimpleNamespace(class_names=lambda n: [f"name {c}" for c in range(n)])
+    sampling = dit.Sampling(classes=("name 7", 2), n_images=3, guidance=1.5, euler_steps=4)
+    nets = blocks_of(dit)
+
+    made = dit.sample(nets, sampling, data)
+
+    assert list(made) == ["sample"]
+    assert made["sample"].shape == (2 * 34, 3 * 34, 3)
+    assert calls[0]["label"].tolist() == [7, 7, 7, 2, 2, 2]
+    assert "class 7 (name 7), class 2 (name 2)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n_class, shown", [(10, 10), (3, 3), (30, 10)])
+def test_the_first_ten_classes_are_shown_if_not_told(n_class, shown, monkeypatch):
+    calls = record_arguments(dit, "generate_images", monkeypatch)
+    dit.sample(blocks_of(dit, n_class=n_class), dit.Sampling(n_images=1, euler_steps=2))
+    assert calls[0]["label"].tolist() == list(range(shown))
+
+
+def test_a_recurrence_starts_from_normal_noise_cut_at_three_deviations():
+    net = recurrent.EndToEnd(tiny(recurrent, mean_passes=32))
+    std = .4 ** .5
+    state = net.first_state(torch.empty(100, 100, 32))
+    assert state.abs().max() < 3.001 * std
+    assert abs(state.mean()) < .005
     cut_off = 6 * math.exp(-4.5) / math.sqrt(2 * math.pi) / math.erf(4.5 ** .5)
     assert state.var().item() == pytest.approx(.4 * (1 - cut_off), rel=.01)
+
+
+def test_a_recurrence_has_its_mean_of_passes():
+    net = recurrent.EndToEnd(tiny(recurrent, mean_passes=32))
     n = torch.tensor([net.draw_passes() for _ in range(20000)]).float()    # 1 + Poisson, rate of mean 31
-    assert n.min() >= 1 and n.mean().item() == pytest.approx(32, rel=.02)
+    assert n.min() >= 1
+    assert n.mean().item() == pytest.approx(32, rel=.02)
+
+
+def passes_of(net):
+    """A list that fills with whether a pass through the core has gradients, for each pass."""
+    passes = []
+
+    def record(layer, args, out):
+        passes.append(out[0].requires_grad)
+    net.core[-1].register_forward_hook(record)
+    return passes
+
+
+def test_a_recurrence_has_gradients_in_the_last_passes():
     net = recurrent.EndToEnd(tiny(recurrent, mean_passes=6)).eval()
-    net.core[-1].register_forward_hook(lambda net, args, out: graded.append(out[0].requires_grad))
+    passes = passes_of(net)
     net(TOKENS).backward()
-    assert graded == [False] * 4 + [True] * 2
+    assert passes == [False] * 4 + [True] * 2
 
 
-def test_a_masked_place_is_guessed_from_both_sides_and_alone_is_scored():
-    net, y, z, t = blocks_of(mdm)[1], TOKENS[:2, :-1], TOKENS[:2, :-1].clone(), torch.tensor([.2, .4])
+def test_generation_makes_as_many_passes_as_told_and_those_of_the_control_one():
+    net = baseline_of(recurrent)
+    passes = passes_of(net)
+    recurrent.generate(net, TOKENS[:, :4], 3, n_passes=5)
+    assert len(passes) == 3 * 5
+
+    control = recurrent.EndToEnd(tiny(recurrent).control())
+    passes = passes_of(control)
+    recurrent.generate(control, TOKENS[:, :4], 3, n_passes=5)
+    assert len(passes) == 3
+
+
+@pytest.mark.parametrize("n_passes", [1, 2, 5])
+def test_each_pass_of_a_block_is_a_level_from_the_highest(n_passes, monkeypatch):
+    evaluations = record_evaluations(recurrent, monkeypatch)
+    recurrent.generate(blocks_of(recurrent), TOKENS[:, :4], 1, n_passes=n_passes)
+    levels = [evaluation.level for evaluation in evaluations]
+    if n_passes == 1:
+        assert levels == [80]
+    else:
+        assert levels == pytest.approx(LogNormal().steps(n_passes).tolist())
+
+
+@pytest.mark.parametrize("euler_steps, n_levels", [(0, 4), (2, 2), (7, 7)])
+def test_a_chain_visits_as_many_levels_as_told(euler_steps, n_levels, monkeypatch):
+    evaluations = record_evaluations(gpt, monkeypatch)
+    gpt.generate(blocks_of(gpt), TOKENS[:, :4], 1, sampler="chain", euler_steps=euler_steps)
+    assert len(evaluations) == n_levels
+
+    evaluations = record_evaluations(vit, monkeypatch)
+    vit.classify(blocks_of(vit), IMAGES, "chain", euler_steps)
+    assert len(evaluations) == n_levels
+
+
+def test_a_masked_place_is_guessed_from_both_sides_and_at_its_time():
+    net = blocks_of(mdm)[1]
+    z = TOKENS[:1, :-1].clone()
     z[0, 3] = z[0, 9] = 64
-    logits = net.logits(z, t)                                              # (2, 16, 64): none for the mask
-    nats = -logits.log_softmax(-1)[0].gather(1, y[0, :, None])[:, 0]
-    assert torch.allclose(net.masked_nats(z, t, y), torch.stack([nats[3] + nats[9], torch.tensor(0.0)]))
+    t = torch.tensor([.2])
+    logits = net.logits(z, t)                                # (1, 16, 64): none for the mask
+    assert logits.shape == (1, 16, 64)
+
     others = [net.logits(z, t / 2)]
     for place in (0, 2, 4, 15):
         other = z.clone()
         other[0, place] = (z[0, place] + 1) % 64
         others.append(net.logits(other, t))
-    assert all((other - logits)[0, 3].abs().mean() > 1e-3 for other in others)
+
+    for other in others:
+        assert (other - logits)[0, 3].abs().mean() > 1e-3
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_exact_conditionals_draw_the_joint_distribution_and_their_bound_is_its_entropy(schedule, monkeypatch):
-    p = (2 * torch.randn(9)).softmax(0).view(3, 3)                         # two dependent tokens
+def test_masked_places_alone_are_scored():
+    net = blocks_of(mdm)[1]
+    y = TOKENS[:2, :-1]
+    z = y.clone()
+    z[0, 3] = z[0, 9] = 64
+    t = torch.tensor([.2, .4])
+
+    found = net.masked_nats(z, t, y)
+
+    nats = -net.logits(z, t).log_softmax(-1)
+    expected = nats[0, 3, y[0, 3]] + nats[0, 9, y[0, 9]]
+    assert torch.allclose(found, torch.stack([expected, torch.tensor(0.0)]))
+
+
+def test_a_mask_is_the_token_after_the_vocabulary_also_of_a_config_that_was_replaced(monkeypatch):
+    config = replace(replace(tiny(mdm), n_layer=2), noise=Masking(2))
+    evaluations = record_evaluations(mdm, monkeypatch)
+    for b in range(2):
+        mdm.Block(config, b).masked_nats(TOKENS[:, :-1], torch.full((6,), .5), TOKENS[:, :-1])
+    for net in (mdm.Block(config, 0), mdm.EndToEnd(config), mdm.EndToEnd(config.control())):
+        assert net.mask_id == 64
+        assert len(net.embed.weight) == 65
+
+    seen = []
+    monkeypatch.setattr(mdm.Block, "logits", lambda self, z, t: seen.append(z) or torch.zeros(*z.shape, 64))
+    mdm.Block(config, 0)(TOKENS)
+    changed = seen[0][seen[0] != TOKENS[:, :-1]]
+    assert len(changed) > 20
+    assert changed.unique().tolist() == [64]
+
+
+@pytest.fixture(params=["linear", "cosine"])
+def exact_pairs(request, monkeypatch):
+    """Two dependent tokens of three, p (3, 3), and blocks that know the conditional probabilities."""
+    p = (2 * torch.randn(9)).softmax(0).view(3, 3)
 
     def logits(self, z, t):
-        first = torch.where(z[:, 1:] == 3, p.sum(1), p.T[z[:, 1].clamp(max=2)])       # (B, 3), of token 0
-        second = torch.where(z[:, :1] == 3, p.sum(0), p[z[:, 0].clamp(max=2)])        # (B, 3), of token 1
-        return torch.stack([first, second], 1).log()
+        first, second = z.clamp(max=2).T                     # (B,) each
+        mask = z == 3                                        # (B, 2)
+        of_first = torch.where(mask[:, 1:], p.sum(1), p.T[second])         # (B, 3)
+        of_second = torch.where(mask[:, :1], p.sum(0), p[first])           # (B, 3)
+        return torch.stack([of_first, of_second], dim=1).log()
     monkeypatch.setattr(mdm.Block, "logits", logits)
-    nets = blocks_of(mdm, vocab_size=3, seq_len=2, schedule=schedule)
-    out = mdm.fill(nets, torch.full((8000, 2), 3), mdm.Sampling(n_moves=64))
-    assert torch.allclose((3 * out[:, 0] + out[:, 1]).bincount(minlength=9) / 8000, p.flatten(), atol=.02)
-    text = torch.multinomial(p.flatten(), 8000, replacement=True)
-    text = torch.stack([text // 3, text % 3, text], dim=1)                 # the last token is not scored
-    main, _ = mdm.evaluate(nets, {}, held_out(text)).values()
-    entropy = -(p * p.log2()).sum().item() / 4                             # bits, of two tokens of two bytes
-    assert main["blocks"]["bits per byte"] == pytest.approx(entropy, rel=.03)
+    nets = blocks_of(mdm, vocab_size=3, seq_len=2, schedule=request.param)
+    return SimpleNamespace(p=p, nets=nets)
+
+
+def test_exact_conditionals_draw_the_joint_distribution(exact_pairs):
+    out = mdm.fill(exact_pairs.nets, torch.full((8000, 2), 3), mdm.Sampling(n_moves=64))
+    pairs = 3 * out[:, 0] + out[:, 1]
+    assert torch.allclose(pairs.bincount(minlength=9) / 8000, exact_pairs.p.flatten(), atol=.02)
+
+
+def test_the_bound_of_exact_conditionals_is_the_entropy(exact_pairs, monkeypatch):
+    monkeypatch.setattr(mdm, "windows_at_once", lambda *sizes: 300_000)    # so many are quick together
+    p = exact_pairs.p
+    as_expected = (300_000 * p.flatten()).round().long()
+    pairs = torch.arange(9).repeat_interleave(as_expected)
+    text = torch.stack([pairs // 3, pairs % 3, pairs], dim=1)              # the last token is not scored
+
+    tables = mdm.evaluate(exact_pairs.nets, {}, held_out(text))
+
+    bits = tables["bits per byte on held-out text (bound)"]["blocks"]["bits per byte"]
+    entropy = -(p * p.log2()).sum().item() / 4               # bits, of two tokens of two bytes
+    assert bits == pytest.approx(entropy, rel=.02)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_gaps_are_masks_and_filled_from_the_time_at_which_as_much_is_masked(schedule, monkeypatch):
-    nets, calls = blocks_of(mdm, schedule=schedule), record(mdm, monkeypatch)
-    tokenizer = SimpleNamespace(encode=lambda text: torch.tensor([*text.encode()]) - 48)
-    z = mdm.with_gaps("01234<gap:6>56789", tokenizer, 64, 16)
-    assert z.tolist() == [[0, 1, 2, 3, 4, *[64] * 6, 5, 6, 7, 8, 9]]
-    for temperature in (0.0, 1.0):
-        out = mdm.fill(nets, z, mdm.Sampling(n_moves=8, grid="cosine", temperature=temperature))
-        assert (out < 64).all() and torch.equal(out[z < 64], z[z < 64])    # what is given stays
-    assert [b for b, *_ in calls] == [1] * 16                              # so few masks are not for block 0
-    share = (6 / 16 - 1e-4) / (1 - 2e-4)
-    t = share if schedule == "linear" else 2 / math.pi * math.asin(share)
-    assert calls[0][1] == pytest.approx(t, abs=1e-6)
-    for prompt in ("text", "<gap:17>", "<gap:0>"):
-        with pytest.raises(ValueError):
-            mdm.with_gaps(prompt, tokenizer, 64, 16)
+@pytest.mark.parametrize("grid", ["uniform", "cosine"])
+def test_after_each_move_as_much_is_masked_as_at_its_time(schedule, grid, monkeypatch):
+    nets = blocks_of(mdm, schedule=schedule)
+    evaluations = record_evaluations(mdm, monkeypatch)
+
+    mdm.fill(nets, torch.full((500, 16), 64), mdm.Sampling(n_moves=8, grid=grid))
+
+    times = nets[0].noise.times(8, grid)
+    assert [evaluation.level for evaluation in evaluations] == pytest.approx(times[:-1].tolist())
+    for evaluation, t in zip(evaluations, times):
+        masked = (evaluation.z == 64).float().mean().item()
+        visible = visible_by_definition(nets[0].noise, t).item()
+        assert masked == pytest.approx(1 - visible, abs=.02)
+
+
+class Letters:
+    """A tokenizer of 64 characters, from @ on."""
+
+    def encode(self, text):
+        return torch.tensor([ord(letter) - 64 for letter in text])
+
+    def decode(self, tokens):
+        return "".join(chr(64 + token) for token in tokens)
+
+
+def test_gaps_of_a_prompt_are_masks():
+    z = mdm.with_gaps("ABC<gap:6>DE<gap:1>", Letters(), 64, 16)
+    assert z.tolist() == [[1, 2, 3, *[64] * 6, 4, 5, 64]]
+
+
+@pytest.mark.parametrize("prompt", ["text", "<gap:17>", "<gap:0>", "abcdefgh<gap:9>", "<gap:x>"])
+def test_a_prompt_without_a_gap_or_too_long_for_the_window_is_refused(prompt):
+    with pytest.raises(ValueError, match="must have a gap"):
+        mdm.with_gaps(prompt, Letters(), 64, 16)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_gaps_are_filled_and_what_is_given_stays(temperature):
+    z = mdm.with_gaps("abcde<gap:6>fghij", Letters(), 64, 16)
+    out = mdm.fill(blocks_of(mdm), z, mdm.Sampling(n_moves=8, temperature=temperature))
+    assert (out < 64).all()
+    assert torch.equal(out[z < 64], z[z < 64])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_gaps_are_filled_from_the_time_at_which_as_much_is_masked(schedule, monkeypatch):
+    nets = blocks_of(mdm, schedule=schedule)
+    evaluations = record_evaluations(mdm, monkeypatch)
+    z = mdm.with_gaps("abcde<gap:6>fghij", Letters(), 64, 16)
+
+    mdm.fill(nets, z, mdm.Sampling(n_moves=8, grid="cosine"))
+
+    part = (6 / 16 - 1e-4) / (1 - 2e-4)
+    start = part if schedule == "linear" else 2 / math.pi * math.asin(part)
+    assert evaluations[0].level == pytest.approx(start, abs=1e-6)
+    assert evaluations[4].level == pytest.approx(start / 2 ** .5, abs=1e-6)    # of a cosine grid
+    assert {evaluation.block for evaluation in evaluations} == {1}  # so few masks are not for block 0
+
+
+# ---- What --sample was told reaches the sampler -----------------------------------------------------------
+
+CHOICE = torch.tensor([2.0, 1.0, 0.0]).log_softmax(0)  # log p of the first of 64 tokens
+SAME = torch.cat([CHOICE, torch.full((61,), -99.0)])   # the others never come
+
+
+def assert_tempered(tokens, temperature):
+    """Tokens (N,) have the frequencies of SAME divided by a temperature."""
+    assert len(tokens) == 4000
+    found = tokens.bincount(minlength=64) / 4000
+    assert torch.allclose(found, (SAME / temperature).softmax(0), atol=.03)
+
+
+def say_the_same(net):
+    """Puts SAME in the place of what a network says, whatever it reads."""
+
+    def logits(x, *others):
+        found = SAME.expand(*x.shape, 64)
+        return (found, None) if isinstance(net, gpt.EndToEnd) else found
+    net.logits = logits
+    net.context = lambda x, past: None
+    return net
+
+
+@pytest.mark.parametrize("temperature", [.5, 1.0, 3.0])
+def test_temperature_divides_the_logits_of_tokens(temperature):
+    start = TOKENS[:1, :4].expand(4000, 4)
+    for module in (gpt, recurrent):
+        net = say_the_same(module.EndToEnd(tiny(module)))
+        assert_tempered(module.generate(net, start, 1, temperature)[:, 4], temperature)
+
+    blocks = [say_the_same(block) for block in blocks_of(gpt)]
+    assert_tempered(gpt.generate(blocks, start, 1, temperature)[:, 4], temperature)
+
+    blocks = [say_the_same(block) for block in blocks_of(mdm)]
+    z = torch.full((4000, 1), 64)
+    assert_tempered(mdm.fill(blocks, z, mdm.Sampling(n_moves=2, temperature=temperature))[:, 0], temperature)
+
+
+def test_at_temperature_0_the_most_probable_is_chosen():
+    start = TOKENS[:1, :4].expand(50, 4)
+    for module in (gpt, recurrent):
+        net = say_the_same(module.EndToEnd(tiny(module)))
+        assert (module.generate(net, start, 1, 0.0)[:, 4] == 0).all()
+    blocks = [say_the_same(block) for block in blocks_of(gpt)]
+    assert (gpt.generate(blocks, start, 1, 0.0)[:, 4] == 0).all()
+
+
+def nets_of(module, part):
+    return blocks_of(module) if part == "blocks" else baseline_of(module)
+
+
+def assert_passed_on(sampling, call, *names):
+    """A call of a sampler got what the fields `names` of a Sampling say."""
+    for name in names:
+        assert call[name] == getattr(sampling, name), name
+
+
+@pytest.mark.parametrize("part", ["blocks", "end_to_end"])
+@pytest.mark.parametrize("sampling", [
+    gpt.Sampling(prompt=("abc", "x"), n_tokens=3, temperature=.7, sampler="chain", euler_steps=5),
+    gpt.Sampling(prompt=("abc", "x"), n_tokens=2, temperature=1.3, sampler="averaged", euler_steps=6),
+])
+def test_gpt_continues_each_prompt_as_told(sampling, part, monkeypatch):
+    calls = record_arguments(gpt, "generate", monkeypatch)
+    nets = nets_of(gpt, part)
+
+    texts = gpt.sample(nets, sampling, SimpleNamespace(tokenizer=Letters())).split("\n---\n")
+
+    for prompt, text, call in zip(sampling.prompt, texts, calls, strict=True):
+        assert text.startswith(prompt)
+        assert len(text) == len(prompt) + sampling.n_tokens
+        assert call["nets"] is nets
+        assert_passed_on(sampling, call, "n_tokens", "temperature", "sampler", "euler_steps")
+
+
+@pytest.mark.parametrize("part", ["blocks", "end_to_end"])
+def test_recurrent_continues_each_prompt_as_told(part, monkeypatch):
+    calls = record_arguments(recurrent, "generate", monkeypatch)
+    sampling = recurrent.Sampling(prompt=("abc", "x"), n_tokens=3, temperature=.7, n_passes=5)
+    nets = nets_of(recurrent, part)
+
+    texts = recurrent.sample(nets, sampling, SimpleNamespace(tokenizer=Letters())).split("\n---\n")
+
+    for prompt, text, call in zip(sampling.prompt, texts, calls, strict=True):
+        assert text.startswith(prompt)
+        assert len(text) == len(prompt) + 3
+        assert call["nets"] is nets
+        assert_passed_on(sampling, call, "n_tokens", "temperature", "n_passes")
+
+
+@pytest.mark.parametrize("part", ["blocks", "end_to_end"])
+def test_mdm_fills_each_prompt_as_told(part, monkeypatch):
+    calls = record_arguments(mdm, "fill", monkeypatch)
+    sampling = mdm.Sampling(prompt=("ab<gap:3>cd", "x<gap:1>"), n_moves=3, grid="cosine", temperature=.7)
+    nets = nets_of(mdm, part)
+
+    texts = mdm.sample(nets, sampling, SimpleNamespace(tokenizer=Letters())).split("\n---\n")
+
+    assert len(texts[0]) == 7
+    assert texts[0].startswith("ab")
+    assert texts[0].endswith("cd")
+    assert len(texts[1]) == 2
+    for call in calls:
+        assert call["nets"] is nets
+        assert call["sampling"] is sampling
+
+
+@pytest.mark.parametrize("part", ["blocks", "end_to_end"])
+def test_dit_generates_as_told(part, monkeypatch):
+    calls = record_arguments(dit, "generate_images", monkeypatch)
+    sampling = dit.Sampling(n_images=1, guidance=1.5, euler_steps=3)
+    nets = nets_of(dit, part)
+    dit.sample(nets, sampling)
+    assert calls[0]["nets"] is nets
+    assert_passed_on(sampling, calls[0], "guidance", "euler_steps")
+
+
+class HeldOutImages:
+    """Data that has held-out images only, and no way to others."""
+    names = [f"name {c}" for c in range(10)]
+
+    def held_out(self, n, config):
+        return IMAGES[:n], LABELS[:n]
+
+
+@pytest.mark.parametrize("part", ["blocks", "end_to_end"])
+@pytest.mark.parametrize("sampling", [
+    vit.Sampling(n_images=3, sampler="chain", temperature=.5, euler_steps=7),
+    vit.Sampling(n_images=2, sampler="averaged", temperature=.25, euler_steps=8),
+])
+def test_vit_classifies_held_out_images_as_told(sampling, part, monkeypatch):
+    calls = record_arguments(vit, "classify", monkeypatch)
+    nets = nets_of(vit, part)
+
+    lines = vit.sample(nets, sampling, HeldOutImages()).splitlines()
+
+    call, = calls
+    assert call["nets"] is nets
+    assert torch.equal(call["x"], IMAGES[:sampling.n_images])
+    assert_passed_on(sampling, call, "sampler", "temperature", "euler_steps")
+    assert len(lines) == sampling.n_images
+
+
+def test_vit_tells_the_true_name_and_the_one_that_was_found(monkeypatch):
+    monkeypatch.setattr(vit, "classify", lambda nets, x, *settings: torch.arange(len(x)))
+    lines = vit.sample(blocks_of(vit), vit.Sampling(n_images=3), HeldOutImages()).splitlines()
+    for i in range(3):
+        assert lines[i] == f"image {i}: name {LABELS[i]}, classified as name {i}"
 
 
 # ---- Evaluation: who knows nothing scores log2 V ----------------------------------------------------------
@@ -618,102 +1673,246 @@ def held_out(*columns):
     return SimpleNamespace(bytes_per_token=2.0, held_out=lambda n, config: batch)
 
 
-@each(mdm, vit)
-def test_all_that_is_held_out_is_scored(module):
+class Asked(Exception):
+    """Raised in the place of an answer."""
+
+
+@pytest.mark.parametrize("module, expected", [(mdm, None), (vit, None), (dit, 1000), (gpt, 256), (recurrent, 256)],
+                         ids=str)
+def test_as_much_is_scored_as_is_promised_all_where_none_is_said(module, expected):
     asked_for = []
 
     def held_out(n, config):
         asked_for.append(n)
-        raise StopIteration  # what it asks for is enough
-    with pytest.raises(StopIteration):
+        raise Asked
+    with pytest.raises(Asked):
         module.evaluate(blocks_of(module), {}, SimpleNamespace(held_out=held_out, bytes_per_token=1.0))
-    assert asked_for == [None]
+    assert asked_for == [expected]
 
 
-def test_vit_classifies_images_that_are_held_out(monkeypatch):
-    def held_out(n, config):
-        return IMAGES[:n], LABELS[:n]
-    data = SimpleNamespace(held_out=held_out, names=[f"name {c}" for c in range(10)])  # and no way to others
-    monkeypatch.setattr(vit, "classify", lambda nets, x, *how: torch.arange(len(x)))
-    lines = vit.sample(blocks_of(vit), vit.Sampling(n_images=3), data).splitlines()
-    expected = []
-    for i in range(3):
-        expected.append(f"image {i}: name {LABELS[i]}, classified as name {i}")
-    assert lines == expected
+def labelled_images(n):
+    """n images that have their label in each pixel, and the labels."""
+    label = torch.arange(n) % 10
+    images = label.float().view(n, 1, 1, 1).expand(n, 3, 8, 8)
+    return images, label
 
 
-def guessing(block, scale):
-    """A block with a prior in its network's place: the truth is exp(scale) times as probable as another."""
+def counting_text(n):
+    """(n, 17) texts in which every token is followed by the next."""
+    return (torch.arange(n)[:, None] + torch.arange(17)) % 64
+
+
+def truth_of(x):
+    """The labels of labelled images, or the next tokens of a counting text."""
+    if x.dim() == 4:
+        return x[:, 0, 0, 0].long()                                        # (B,)
+    return (x + 1) % 64                                                    # (B, T)
+
+
+def give_prior(block, scale):
+    """Puts a prior in the place of a block's network: the truth is exp(scale) times as probable as another."""
+
     def logits(x, z, sigma, context=block.b):
         assert context == block.b                                          # each reads its own context
-        truth = x[:, 0, 0, 0].long() if x.dim() == 4 else (x + 1) % 64
-        found = bayes_logits(scale * F.one_hot(truth, len(block.table)), z, sigma, block.table)
+        prior = scale * F.one_hot(truth_of(x), len(block.table))
+        found = bayes_logits(prior, z, sigma, block.table)
         return (found, None) if isinstance(block, recurrent.Block) else found
-    block.logits, block.context, block.condition = logits, lambda x: block.b, lambda x: (x, None)
-    return block
+    block.logits = logits
+    block.context = lambda x: block.b
+    block.condition = lambda x: (x, None)
 
 
-@pytest.mark.parametrize("sigmas", [dict(), dict(sigma_min=.3, sigma_max=5.0)])  # narrow: the ends carry bits
+def blocks_with_priors(module, scales, **noise):
+    config = tiny(module, n_blocks=len(scales), **noise)
+    blocks = [module.Block(config, b) for b in range(len(scales))]
+    for block, scale in zip(blocks, scales):
+        give_prior(block, scale)
+    return blocks
+
+
+def cross_entropy_of_prior(scale, n_class):
+    """Nats of the truth that has exp(scale) times the probability of each other."""
+    return math.log(math.exp(scale) + n_class - 1) - scale
+
+
+def hidden_nats(block, scale, sigma):
+    """Nats of y that a block with a prior does not know when it sees z, by Bayes' rule."""
+    table = block.table
+    y = torch.arange(300 * len(table)) % len(table)
+    z = table[y] + sigma * torch.randn(len(y), 32)
+    posterior = z @ table.T / sigma ** 2 + scale * F.one_hot(y)
+    return F.cross_entropy(posterior, y).item()
+
+
+def shares_by_bayes_rule(blocks, scales):
+    """{row: nats} of the bound: what a block learns from its interval, and what is hidden at the ends."""
+    noise = blocks[0].noise
+    expected = {}
+    for block, scale in zip(blocks, scales):
+        lo, hi = noise.interval(block.b)
+        expected[f"block {block.b}"] = hidden_nats(block, scale, hi) - hidden_nats(block, scale, lo)
+    not_read = hidden_nats(blocks[-1], scales[-1], noise.sigma_min)
+    expected["ends"] = not_read + 1 / (2 * noise.sigma_max ** 2)
+    return expected
+
+
+def silent_baseline(config, module):
+    """A baseline that finds all labels equally probable."""
+    net = module.EndToEnd(config)
+    for p in net.parameters():
+        nn.init.zeros_(p)
+    return net
+
+
+def scored_nats(module, blocks, others, n_examples):
+    """What evaluate finds, in nats a label or token: {row: nats} of scores, and of shares of the bound."""
+    if module is vit:
+        data = held_out(*labelled_images(n_examples))
+        unit, nats = "bits per label", math.log(2)
+    else:
+        data = held_out(counting_text(n_examples))
+        unit, nats = "bits per byte", 2 * math.log(2)
+    found = []
+    for table in module.evaluate(blocks, others, data).values():
+        found.append({row: nats * values[unit] for row, values in table.items() if unit in values})
+    return found
+
+
+@pytest.mark.parametrize("noise", [dict(), dict(sigma_min=.3, sigma_max=5.0)])  # narrow: the ends carry bits
 @pytest.mark.parametrize("module, scales", [
     (vit, [0]), (vit, [0, 0]), (vit, [30, 0]), (vit, [0, 30]), (gpt, [0]), (gpt, [0, 0]), (gpt, [30, 0]),
     (gpt, [0, 30]), (gpt, [2, 2]), (gpt, [-2, -2]), (recurrent, [0]), (recurrent, [-2])])
-def test_an_exact_posteriors_bound_is_its_cross_entropy_log2_V_if_it_knows_nothing(module, scales, sigmas):
-    config = tiny(module, n_blocks=len(scales), **sigmas)
-    blocks = [guessing(module.Block(config, b), scale) for b, scale in enumerate(scales)]
-    noise, table, baseline = config.noise, blocks[0].table, module.EndToEnd(config)
-    for p in baseline.parameters():
-        nn.init.zeros_(p)
-    data = held_out((torch.arange(650)[:, None] + torch.arange(17)) % 64)  # the last batch is smaller
-    unit, nats = ("bits per label", math.log(2)) if module is vit else ("bits per byte", 2 * math.log(2))
-    if module is vit:
-        label = torch.arange(1600) % 10
-        data = held_out(label.view(-1, 1, 1, 1).expand(-1, 3, 8, 8).float(), label)
-    scores, shares = ({name: nats * row[unit] for name, row in rows.items() if unit in row}
-                      for rows in module.evaluate(blocks, {"end to end": baseline}, data).values())
+def test_an_exact_posteriors_bound_is_its_cross_entropy_log2_V_if_it_knows_nothing(module, scales, noise):
+    blocks = blocks_with_priors(module, scales, **noise)
+    n_class = len(blocks[0].table)
+    others = {"end to end": silent_baseline(blocks[0].config, module)}
+    n_examples = 1600 if module is vit else 650              # the last batch is smaller
 
-    def hidden(b, sigma):  # nats of y that block b does not know when it sees z, by Bayes' rule
-        y = torch.arange(300 * len(table)) % len(table)
-        z = table[y] + sigma * torch.randn(len(y), 32)
-        return F.cross_entropy(z @ table.T / sigma ** 2 + scales[b] * F.one_hot(y), y).item()
-    expected = {f"block {b}": hidden(b, noise.interval(b)[1]) - hidden(b, noise.interval(b)[0])
-                for b in range(len(scales))}
-    expected["ends"] = hidden(-1, noise.sigma_min) + 1 / (2 * noise.sigma_max ** 2)
-    assert shares == pytest.approx(expected, abs=.12)
+    scores, shares = scored_nats(module, blocks, others, n_examples)
+
+    assert shares == pytest.approx(shares_by_bayes_rule(blocks, scales), abs=.12)
     assert scores["blocks, bound"] == pytest.approx(sum(shares.values()))
-    def exactly(scale):
-        return math.log(math.exp(scale) + len(table) - 1) - scale
-    for b, scale in enumerate(scales):
-        assert scores[f"block {b} alone"] == pytest.approx(exactly(scale), abs=1e-3)
-    if len(scales) > 1:  # the mean of priors is the prior of the mean
-        assert scores["blocks, averaged"] == pytest.approx(exactly(sum(scales) / len(scales)), abs=1e-3)
-    assert scores["end to end"] == pytest.approx(math.log(len(table)))
     if len(set(scales)) == 1:
-        assert scores["blocks, bound"] == pytest.approx(exactly(scales[0]), abs=.12)
+        assert scores["blocks, bound"] == pytest.approx(cross_entropy_of_prior(scales[0], n_class), abs=.12)
+    for b, scale in enumerate(scales):
+        assert scores[f"block {b} alone"] == pytest.approx(cross_entropy_of_prior(scale, n_class), abs=1e-3)
+    if len(scales) > 1:  # the mean of log p is the prior of the mean
+        mean = sum(scales) / len(scales)
+        assert scores["blocks, averaged"] == pytest.approx(cross_entropy_of_prior(mean, n_class), abs=1e-3)
+    assert scores["end to end"] == pytest.approx(math.log(n_class))
+
+
+def answer_always(net, c):
+    """Puts logits in the place of a network's that find label c far more probable than any other."""
+
+    def logits(x, z=None, sigma=None):
+        prior = 50.0 * F.one_hot(torch.full((len(x),), c), 10)
+        if z is None:
+            return prior
+        return bayes_logits(prior, z, sigma, net.table)
+    net.logits = logits
+    return net
+
+
+def test_accuracies_are_in_per_cent_of_all_held_out_images():
+    label = torch.arange(650) % 10                           # a batch of 500, and a smaller one of 150
+    label[600:] = 0
+    config = tiny(vit)
+    blocks = [answer_always(vit.Block(config, b), 0) for b in range(2)]
+    others = {"end to end": answer_always(vit.EndToEnd(config), 0),
+              "control": answer_always(vit.EndToEnd(config.control()), 1)}
+
+    tables = vit.evaluate(blocks, others, held_out(torch.zeros(650, 3, 8, 8), label))
+
+    rows = tables["held-out images"]
+    accuracies = {name: row["accuracy, %"] for name, row in rows.items() if "accuracy, %" in row}
+    zeros = 100 * (60 + 50) / 650
+    ones = 100 * 60 / 650
+    assert accuracies == pytest.approx({
+        "end to end": zeros,
+        "control": ones,
+        "blocks, averaged": zeros,
+        "blocks, chain from z = 0": zeros,
+        "blocks, chain from noise": zeros,
+    })
+
+
+def test_the_accuracy_of_a_chain_from_noise_is_a_mean_of_four_draws(monkeypatch):
+    temperatures = []
+
+    def classify(nets, x, sampler="averaged", euler_steps=0, temperature=0.0):
+        if sampler == "chain":
+            temperatures.append(temperature)
+        right = temperatures.count(1.0) == 3                 # one draw of four is right
+        return labelled_images(len(x))[1] + (not right)
+    monkeypatch.setattr(vit, "classify", classify)
+    blocks = blocks_with_priors(vit, [0, 0])
+
+    rows = vit.evaluate(blocks, {}, held_out(*labelled_images(100)))["held-out images"]
+
+    assert temperatures == [0.0, 1.0, 1.0, 1.0, 1.0]
+    assert rows["blocks, chain from noise"]["accuracy, %"] == pytest.approx(25)
+    assert rows["blocks, chain from z = 0"]["accuracy, %"] == 0
 
 
 @pytest.mark.parametrize("n_blocks, knows", [(1, None), (2, None), (2, 0), (2, 1)])
 def test_masked_blocks_that_know_nothing_score_their_steps_of_alpha_in_all_log2_V(n_blocks, knows):
     config = tiny(mdm, n_blocks=n_blocks, eps=.05)
-    blocks, truth = [mdm.Block(config, b) for b in range(n_blocks)], F.one_hot(torch.arange(16), 64)
-    for b, block in enumerate(blocks):
-        block.logits = lambda z, t, scale=30.0 * (b == knows): (scale * truth).expand(len(z), -1, -1)
-    data = held_out(torch.arange(17).expand(650, -1))
-    main, shares = mdm.evaluate(blocks, {"end to end": mdm.EndToEnd(config)}, data).values()
-    for name, known in (("blocks", knows), ("end to end", None)):          # a byte of unknown text has 3 bits
+    text = torch.arange(17).expand(650, -1)
+    truth = F.one_hot(text[0, :16], 64).float()              # (16, 64)
+    blocks = [mdm.Block(config, b) for b in range(n_blocks)]
+    for block in blocks:
+        scale = 30.0 if block.b == knows else 0.0
+        block.logits = lambda z, t, scale=scale: (scale * truth).expand(len(z), -1, -1)
+
+    main, shares = mdm.evaluate(blocks, {"end to end": mdm.EndToEnd(config)}, held_out(text)).values()
+
+    step = 2.7 / n_blocks                                    # of the 3 bits of a byte of unknown text
+    ends = .3
+    of_baseline = [step] * n_blocks + [ends]
+    of_blocks = list(of_baseline)
+    if knows is not None:
+        of_blocks[knows] = 0.0
+    for name, expected in (("end to end", of_baseline), ("blocks", of_blocks)):
         found = [row[name] for row in shares.values()]
-        expected = [*(2.7 / n_blocks * (b != known) for b in range(n_blocks)), .3]
         assert found == pytest.approx(expected, abs=.05)
         assert main[name]["bits per byte"] == pytest.approx(sum(found))
 
 
 def test_the_denoising_loss_is_that_of_the_owner_of_each_level():
-    config, data = tiny(dit), held_out(torch.full((600, 3, 8, 8), .1), torch.arange(600) % 10)    # y is 0
-    nets = [*(dit.Block(config, b) for b in range(2)), dit.EndToEnd(config)]
-    for off, net in enumerate(nets, 1):  # off by off * c_out, where the weight is 1 / c_out^2
-        net.denoise = lambda z, s, label, off=off: off * config.noise.output_scales(s)[1].view(-1, 1, 1, 1)
-    main, by_block = dit.evaluate(nets[:2], {"end to end": nets[2]}, data).values()
-    assert [row["weighted squared error"] for row in main.values()] == pytest.approx([9, (1 + 4) / 2])
-    assert [row["blocks"] for row in by_block.values()] == pytest.approx([1, 4])
+    config = tiny(dit)
+    images = torch.full((600, 3, 8, 8), config.data_mean)    # y is 0
+    data = held_out(images, torch.arange(600) % 10)
+
+    def be_off(net, off):  # by off * c_out, where the weight is 1 / c_out^2
+        def denoise(z, sigma, label):
+            _, c_out = config.noise.output_scales(sigma)
+            return off * c_out.view(-1, 1, 1, 1)
+        net.denoise = denoise
+        return net
+    blocks = [be_off(dit.Block(config, 0), 1), be_off(dit.Block(config, 1), 2)]
+    baseline = be_off(dit.EndToEnd(config), 3)
+
+    main, by_block = dit.evaluate(blocks, {"end to end": baseline}, data).values()
+
+    assert main["end to end"]["weighted squared error"] == pytest.approx(9)
+    assert main["blocks"]["weighted squared error"] == pytest.approx((1 + 4) / 2)
+    assert by_block["block 0"] == pytest.approx({"blocks": 1, "end to end": 9})
+    assert by_block["block 1"] == pytest.approx({"blocks": 4, "end to end": 9})
+
+
+def test_all_models_are_scored_on_the_same_noise():
+    net = blocks_of(dit, n_blocks=1)[0]
+    others = {"end to end": net, "control": net}
+    data = held_out(IMAGES, LABELS)
+
+    main, by_block = dit.evaluate([net], others, data).values()
+    torch.manual_seed(7)
+    again, _ = dit.evaluate([net], others, data).values()
+
+    assert main["end to end"] == main["control"] == main["blocks"]
+    assert len(set(by_block["block 0"].values())) == 1
+    assert main == again
 
 
 # ---- Training, checkpoints, processes, command line -------------------------------------------------------
