@@ -3918,7 +3918,13 @@ def noise(n, *shape):
     return [np.random.RandomState(sum(shape) + i).randint(256, size=shape, dtype=np.uint8) for i in range(n)]
 
 
-def test_text_that_is_held_out_is_not_trained_on(tmp_path, prepared):
+@pytest.fixture
+def little_is_enough(monkeypatch):
+    """Every 100th document is held out, however short it is."""
+    monkeypatch.setattr(text, "ENOUGH", 0)
+
+
+def test_text_that_is_held_out_is_not_trained_on(tmp_path, prepared, little_is_enough):
     def both(source):
         return [bytes(load(text, source).stored[1][split]) for split in ("train", "val")]
     (tmp_path / "texts").mkdir()
@@ -3974,7 +3980,7 @@ def test_an_epoch_of_latents_is_a_permutation_however_it_is_cut(tmp_path, prepar
 @pytest.mark.parametrize("module, source, settings, says", [
     (text, "nowhere.txt", {}, "no such file"), (images, "stdlib", {}, "is text"),
     (text, write_hub, dict(column="body"), "line 1 .*label"), (text, write_hub, dict(split="x"), "one of 'train'"),
-    (text, lambda p: write_hub(p, n=0), {}, "too little"), (images, write_hub, {}, "no images.* 1 .jsonl"),
+    (text, lambda p: write_hub(p, n=0), {}, "no text in a"), (images, write_hub, {}, "no images.* 1 .jsonl"),
     (images, lambda p: write_pets(p, *noise(5, 5, 5), *noise(1, 6, 6)), {}, "dog/05.png: .*6 x 6"),
     (images, lambda p: write_pets(p, *noise(6, 5, 6)), {}, "cat/00.png: .*square.*6 x 5"),
     (images, lambda p: write_latents(p, latents=np.full((23, 2, 3, 3), np.nan)), {}, "finite"),
@@ -4187,7 +4193,7 @@ def test_splits_of_text_are_told_by_names(train, val, tmp_path, prepared):
 
 
 def test_names_that_only_contain_the_name_of_a_split_tell_none(tmp_path, prepared):
-    names = ["part-b", "pre-train", "trainspotting", "contest", "latest"]
+    names = ["part-b", "pretrain", "trainspotting", "contest", "latest", "test pilots"]
     rows = {f"{name}.jsonl": json.dumps({"text": name * 20}) for name in names}
     train, val = stored_text(write_files(tmp_path / "corpus", rows))
     assert all(name in train + val for name in names)
@@ -4322,7 +4328,7 @@ def test_a_split_that_cannot_be_held_out_is_refused(held_out, tmp_path, prepared
     assert f"--held-out '{held_out}'" in refusal(text, tmp_path / "hub", held_out=held_out)
 
 
-def test_the_test_split_never_scores_its_own_rows(tmp_path, prepared):
+def test_the_test_split_never_scores_its_own_rows(tmp_path, prepared, little_is_enough):
     source = write_hub(tmp_path / "hub", "train", 3)
     write_hub(source, "test", 200)
     train, val = stored_text(source, split="test")
@@ -4379,14 +4385,14 @@ def write_image_table(path, n, seed=0, shape=(8, 8, 3), labels=None):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.arrow", "a.jsonl.gz",
                                   "a.csv.gz", "a.json.zst", "a.jsonl.zst", "a.tsv.zst"])
-def test_a_file_in_hub_form_is_read_by_rows(name, tmp_path, prepared):
+def test_a_file_in_hub_form_is_read_by_rows(name, tmp_path, prepared, little_is_enough):
     texts = [f"dócument {i}" for i in range(200)]
     train, val = stored_text(write_table(tmp_path / name, texts))
     assert val.split("\n") == [texts[99], texts[199]]
     assert train.split("\n") == texts[:99] + texts[100:199]
 
 
-def test_an_arrow_file_of_the_other_format_is_read_too(tmp_path, prepared):
+def test_an_arrow_file_of_the_other_format_is_read_too(tmp_path, prepared, little_is_enough):
     import pyarrow
     table = pyarrow.table({"text": [f"document {i}" for i in range(200)]})
     with pyarrow.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as file:
@@ -4494,7 +4500,7 @@ def test_columns_of_images_are_found_or_asked_for(tmp_path, prepared):
     assert "has no column 'image' (--image-column); it has picture, kind" in refusal(
         images, tmp_path / "a.parquet", image_column="image")
     write_table(tmp_path / "b.parquet", ["no image"] * 5)
-    assert "choose one of 'text' with it" in refusal(images, tmp_path / "b.parquet")
+    assert "choose one of 'text' with --image-column" in refusal(images, tmp_path / "b.parquet")
 
 
 class FakeDataset:
@@ -4625,7 +4631,7 @@ def test_tokens_are_written_as_soon_as_there_are_enough(tmp_path, monkeypatch):
         return real(texts)
     monkeypatch.setattr(tokenizer, "encode_all", encode_all)
     documents = [("train", [b"word " * 200] * 100), ("val", [b"word " * 200] * 20)]
-    _, arrays = text.tokenize(documents, tokenizer, tmp_path, data.Progress("bytes"))
+    arrays = text.tokenize(documents, tokenizer, tmp_path, data.Progress("bytes")).arrays()
     assert bytes(arrays["train"]) == b"word " * 20_000 and bytes(arrays["val"]) == b"word " * 4_000
     assert max(sizes) < 8000
 
@@ -4785,7 +4791,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys):
     assert printed.out == "" and "10" in printed.err
 
 
-def test_preparing_tells_what_was_done_of_how_much(tmp_path, prepared, monkeypatch):
+def test_preparing_tells_what_was_done_of_how_much(tmp_path, prepared, monkeypatch, little_is_enough):
     told = []
 
     class Told(data.Progress):

@@ -21,23 +21,34 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import re
+import shutil
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
 DATA_DIR = Path(__file__).parent  # where prepared data goes
-FORMAT = 4  # of prepared folders: another number prepares anew
+FORMAT = 5  # of prepared folders: another number prepares anew
 BUILT_IN = {"stdlib": "text", "digits": "images"}
 # a name with one of these is a path, and no id of the hub
 PATH = re.compile(r"^[./~]|/.*/|\.(txt|md|py|npz|csv|tsv|jsonl?|arrow|parquet)(\.gz|\.zst)?$")
 
 
+def one_line(text):
+    """A text without line ends and other control characters, which names of files may hold."""
+    return re.sub(r"[\x00-\x1f\x7f]", " ", text)
+
+
 class UserError(Exception):
     """A mistake that the user can mend, told in one line."""
+
+    def __init__(self, text):
+        super().__init__(one_line(text))
 
 
 def first_line(error):
@@ -66,11 +77,19 @@ def local_path(source, kind):
     if source in BUILT_IN:
         return None
     path = Path(source).expanduser()
-    if source and path.exists():  # Path("") is the working directory
+    if source and os.path.exists(path):  # Path("") is the working directory
         return path
     if not source or PATH.search(source):
         raise UserError(f"--data {source}: there is no such file or folder")
     return None
+
+
+def refuse_without_effect(settings, read):
+    """Raises UserError if a field of Settings is not as usual, though this source does not read it."""
+    for one in fields(settings):
+        if one.name not in read and getattr(settings, one.name) != one.default:
+            flag = one.name.replace("_", "-")
+            raise UserError(f"--{flag} has no effect with --data {settings.data}")
 
 
 class Progress:
@@ -116,37 +135,65 @@ def prepared(name, settings, stamps, build):
 
     name: of the source; stamps: what changes with the content, such as names, sizes and times of files. If there
     is no such folder, build(scratch folder) returns facts and arrays; they are written to another folder, renamed
-    when complete. Raises UserError."""
+    when complete. An array's name begins with that of a split, and facts say how many rows each split has. Raises
+    UserError."""
     about = {"source": name} | settings
     key = hashlib.sha256(json.dumps([FORMAT, about, stamps]).encode()).hexdigest()[:12]
-    folder = DATA_DIR / re.sub(r"[^A-Za-z0-9.]+", "-", f"{name}-{key}")
+    shown = re.sub(r"[^A-Za-z0-9.]+", "-", name)[:100]  # a name of a folder has 255 characters at most
+    folder = DATA_DIR / f"{shown}-{key}"
     if not folder.exists():
         print(f"preparing {folder}", flush=True)
+        remove_abandoned(folder)
         write_prepared(folder, about, build)
+    return read_prepared(folder)
+
+
+def read_prepared(folder):
+    """(facts, {name: memory-mapped array}) of a prepared folder. Raises UserError if it is not whole."""
     try:
         facts = json.loads((folder / "meta.json").read_text())
-        # mapped read-only: they may be larger than memory
-        return facts, {path.stem: np.load(path, mmap_mode="r") for path in folder.glob("*.npy")}
-    except (OSError, ValueError, EOFError) as e:
+        arrays = {}
+        for name in facts.pop("arrays"):
+            # mapped read-only: they may be larger than memory
+            arrays[name] = np.load(folder / f"{name}.npy", mmap_mode="r")
+            n_rows = facts[name.split("_")[0]]
+            if len(arrays[name]) != n_rows:
+                raise ValueError(f"{name}.npy has {len(arrays[name])} rows, not {n_rows}")
+        return facts, arrays
+    except (OSError, ValueError, EOFError, LookupError, TypeError, AttributeError) as e:
         if getattr(e, "errno", None) == errno.ENOMEM:
             raise MemoryError(f"to map {folder}") from None
         raise UserError(f"{folder} is damaged; delete that folder and run again ({first_line(e)})") from None
 
 
+def scratch_prefix(folder):
+    return f".{folder.name}-"
+
+
+def remove_abandoned(folder):
+    """Delete what a process that was killed has left of this preparation, after a day."""
+    for scratch in DATA_DIR.glob(scratch_prefix(folder) + "*"):
+        with contextlib.suppress(OSError):  # another process deletes it, too
+            last = max(path.stat().st_mtime for path in [scratch, *scratch.rglob("*")])
+            if time.time() - last > 24 * 3600:
+                shutil.rmtree(scratch)
+
+
 def write_prepared(folder, about, build):
     with (user_error(f"cannot prepare {folder}", OSError),
-          tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=DATA_DIR) as scratch):
+          tempfile.TemporaryDirectory(prefix=scratch_prefix(folder), dir=DATA_DIR) as scratch):
         part = Path(scratch) / "part"
         part.mkdir()
         facts, arrays = build(Path(scratch))
+        names = list(arrays)
         digests = []
-        for name in list(arrays):
+        for name in names:
             array = arrays.pop(name)  # one at a time; an array that is mapped must be let go before its file
             digests.append(hashlib.sha256(np.ascontiguousarray(array)).hexdigest())
             np.save(part / f"{name}.npy", array)
             del array
         n_digits = 32 // len(digests)
         facts["fingerprint"] = "".join(digest[:n_digits] for digest in digests)
-        (part / "meta.json").write_text(json.dumps(about | facts))
+        (part / "meta.json").write_text(json.dumps(about | facts | {"arrays": names}))
         with contextlib.suppress(OSError):  # another process was faster
             part.rename(folder)

@@ -1,10 +1,11 @@
 """Images (N, C, H, W) as bytes, or latents as floats, with labels (N,).
 
 Held out is a validation or test split, or the split that --held-out names, or else a tenth of each class."""
-import contextlib
 import functools
 import io
 import operator
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -12,10 +13,10 @@ from typing import Callable
 import numpy as np
 import torch
 
-from data import Progress, UserError, local_path, prepared, user_error
+from data import Progress, UserError, local_path, one_line, prepared, refuse_without_effect, user_error
 from data.augment import AUGMENTATIONS
-from data.files import (IMAGE_SUFFIXES, choose, class_folders, form, listing, natural, other_kind, suffix,
-                        table_splits)
+from data.files import (IMAGE_SUFFIXES, choose, class_folders, folders_without_images, form, listing, natural,
+                        other_kind, suffix, table_splits)
 from data.tables import LocalTable, hub_tables
 from diffusion_blocks import seed_of, to_device
 
@@ -59,12 +60,15 @@ class Examples:
     names: list | None = None  # of the classes
 
 
+ALWAYS_READ = ("data", "one_in", "augment")
+
+
 @dataclass
 class Source:
     """What --data names, and how to read it."""
     name: str
     choice: dict     # settings that decide the content
-    stamps: list     # names, sizes and times of its files
+    stamps: dict     # where its files are; of each split their names, sizes and times
     used: str        # the files that are used, in words
     read: Callable   # read() returns its Examples
 
@@ -73,13 +77,16 @@ def find_source(settings):
     """The Source that settings name. Raises UserError."""
     path = local_path(settings.data, "images")
     if settings.data == "digits":
-        return Source("digits", {}, [], "built in", read_digits)
+        refuse_without_effect(settings, ALWAYS_READ)
+        return Source("digits", {}, {}, "built in", read_digits)
     if path is None:
         return hub_source(settings)
     found = listing(path)
     name = path.resolve().name
     if path.is_file() and path.suffix.lower() == ".npz":
-        return Source(name, {}, found.stamps(), found.describe(), functools.partial(read_latents, path))
+        refuse_without_effect(settings, ALWAYS_READ)
+        stamps = found.stamps({"train": found.files})
+        return Source(name, {}, stamps, found.describe(), functools.partial(read_latents, path))
     tables = [file for file in found.files if form(file or path.name) in ("parquet", "arrow")]
     pictures = [file for file in found.files if suffix(file) in IMAGE_SUFFIXES]
     if tables and pictures:
@@ -128,18 +135,31 @@ def read_latents(path):
                 if size not in (None, images.shape[1:]):
                     raise ValueError(f"{name} {images.shape}, but latents (N, {', '.join(map(str, size))})")
                 size = images.shape[1:]
+                if images.dtype.kind not in "fiu":
+                    raise ValueError(f"{name} are {images.dtype}, not real numbers")
                 for image, label in zip(images, labels.tolist()):
+                    with np.errstate(over="ignore"):  # float64 beyond float32's range becomes infinite
+                        image = image.astype(np.float32)
                     if not np.isfinite(image).all():
-                        raise ValueError(f"a number in {name} is not finite")
-                    yield image.astype(np.float32), label, False
+                        raise ValueError(f"a number in {name} is not finite as float32")
+                    yield image, label, False
     return Examples(sum(map(len, all_labels)), len(all_labels[0]), rows)
+
+
+DEEP = re.compile(r";16[BLN]")  # in what Pillow says of how pixels are stored: 16 bits, which it cuts to 8
 
 
 def decode(file, where, size=None):
     """An image file as bytes (3, H, W), and whether it is grey. size: the (3, H, W) that it must have."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
     with user_error(f"{where} cannot be read as an image"):
-        picture = ImageOps.exif_transpose(Image.open(file))  # as the camera was held
+        try:
+            opened = Image.open(file)
+        except UnidentifiedImageError:  # whose message names an object of Python
+            raise UserError(f"{where} cannot be read as an image: its bytes are those of no known kind") from None
+        with opened:
+            is_deep = DEEP.search(str(getattr(opened, "tile", "")))  # looked up before it is read
+            picture = ImageOps.exif_transpose(opened)  # as the camera was held
         is_grey = picture.mode in ("1", "L", "LA")
         if "A" in picture.getbands() or "transparency" in picture.info:
             # what transparent pixels hide is not shown anywhere: they become white
@@ -147,6 +167,8 @@ def decode(file, where, size=None):
             picture = Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
         pixels = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
     shape = f"{picture.width} x {picture.height} pixels, mode {picture.mode}"
+    if is_deep:
+        raise UserError(f"{where}: images must have 8 bits a channel, but this one has 16")
     if picture.mode[0] in "IF" or picture.width != picture.height:
         raise UserError(f"{where}: images must be square and have 8 bits a channel, but this one has {shape}")
     if size is not None and pixels.shape != size:
@@ -156,25 +178,36 @@ def decode(file, where, size=None):
 
 def folders_source(settings, name, files):
     """Images in folders by class."""
+    refuse_without_effect(settings, ALWAYS_READ + ("split", "held_out"))
     splits = class_folders(files)
     train, val = choose(splits, settings.data, settings.split, settings.held_out)
     pairs = splits[train] + splits.get(val, [])
-    classes = sorted({of for _, of in pairs}, key=natural)
-    inside = {file for own in splits.values() for file, _ in own}
+    class_of = {folder: folder.rpartition("/")[2] for _, folder in pairs}
+    classes = sorted(set(class_of.values()), key=natural)
+    inside = [file for own in splits.values() for file, _ in own]
     files = files.keep(inside, lambda file: "outside class folders")
     files = files.keep([file for file, _ in pairs], lambda file: "of other splits")
+    empty = folders_without_images(files, class_of)
+    if empty:
+        files.left_out[f"without images: {', '.join(empty)}"] = len(empty)
 
     def rows():
         size = None
-        for file, of in pairs:
+        for file, folder in pairs:
             image, is_grey = decode(files.path(file), file, size)
             size = image.shape
-            yield image, classes.index(of), is_grey
+            yield image, classes.index(class_of[folder]), is_grey
 
     def read():
         return Examples(len(pairs), len(splits[train]), rows, classes)
+    used = f"{files.describe()} in {len(classes):,} class folders"
+    n_deeper = sum(file.rpartition("/")[0] != folder for file, folder in pairs)
+    if n_deeper > 0:
+        used += f", {n_deeper:,} of them in folders below these"
+    stamps = files.stamps({"train": [file for file, _ in splits[train]],
+                           "val": [file for file, _ in splits.get(val, [])]})
     choice = {"split": settings.split, "held_out": settings.held_out}
-    return Source(name, choice, files.stamps(), f"{files.describe()} in {len(classes):,} class folders", read)
+    return Source(name, choice, stamps, used, read)
 
 
 def table_choice(settings):
@@ -185,12 +218,12 @@ def tables_source(settings, name, files):
     files, splits = table_splits(files, settings.config)
     used = files.keep([file for own in splits.values() for file in own], other_kind)
     tables = {split: LocalTable(used, own) for split, own in splits.items()}
-    return Source(name, table_choice(settings), used.stamps(), used.describe(),
+    return Source(name, table_choice(settings), used.stamps(splits), used.describe(),
                   lambda: read_tables(settings, tables))
 
 
 def hub_source(settings):
-    return Source(settings.data, table_choice(settings), [], "a dataset of the hub",
+    return Source(settings.data, table_choice(settings), {}, "a dataset of the hub",
                   lambda: read_tables(settings, hub_tables(settings, streaming=False)))
 
 
@@ -201,13 +234,13 @@ def columns_of(settings, features):
     classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     classes.sort(key=lambda name: -features[name].num_classes)  # the finest first: CIFAR-100 has superclasses, too
     chosen = []
-    for typed, found, flag in ((settings.image_column, images, "--image-column"),
-                               (settings.label_column, classes, "--label-column")):
+    for typed, found, flag, kind in ((settings.image_column, images, "--image-column", "images"),
+                                     (settings.label_column, classes, "--label-column", "class labels")):
         if typed and typed not in features:
             raise UserError(f"--data {settings.data} has no column {typed!r} ({flag}); it has {', '.join(features)}")
         if not typed and not found:
-            raise UserError(f"--data {settings.data}: no column is known to hold what {flag} names; choose one of "
-                            f"{', '.join(map(repr, features))} with it")
+            raise UserError(f"--data {settings.data} has no column whose type is that of {kind}; choose one of "
+                            f"{', '.join(map(repr, features))} with {flag}")
         chosen.append(typed or found[0])
     return chosen
 
@@ -215,61 +248,114 @@ def columns_of(settings, features):
 def read_tables(settings, tables):
     """The Examples of tables {split: table}. A split without labels (-1) is not held out, unless it is asked for."""
     train, val = choose(tables, settings.data, settings.split, settings.held_out)
-    features = tables[train].features()
+    _, features = next(tables[train].features())
     image, label = columns_of(settings, features)
     while val and not settings.held_out and not has_labels(tables[val], label):
         print(f"note: split {val!r} has no labels, so it is not held out", flush=True)
         tables = {split: table for split, table in tables.items() if split != val}
         train, val = choose(tables, settings.data, settings.split, "")
     used = [tables[train]] + ([tables[val]] if val else [])
+    names = names_of_classes(used, label)
     sizes = [len(labels_of(table, label)) for table in used]
 
     def rows():
         size = None
         for table in used:
             for where, row in table.rows([image, label]):
-                with user_error(f"{where}: --label-column {label} must hold classes, whole numbers"):
-                    number = operator.index(row[label])
                 pixels, is_grey = decode(file_of(row[image], where, image), where, size)
                 size = pixels.shape
-                yield pixels, number, is_grey
-    return Examples(sum(sizes), sizes[0], rows, getattr(features[label], "names", None))
+                yield pixels, class_number(row[label], where), is_grey
+    return Examples(sum(sizes), sizes[0], rows, names)
+
+
+def names_of_classes(tables, column):
+    """Names of the classes, or None if no file has them. Raises UserError if two files number classes differently."""
+    first = None  # (file, names)
+    for table in tables:
+        for file, features in table.features():
+            names = getattr(features.get(column), "names", None)
+            if names is None:
+                continue
+            if first is None:
+                first = file, names
+            if names != first[1]:
+                raise UserError(f"{first[0]} and {file} number the classes of {column!r} differently: "
+                                f"{', '.join(first[1][:5])} ... and {', '.join(names[:5])} ...")
+    if first is None:
+        return None
+    return first[1]
 
 
 def file_of(cell, where, column):
     """What Image.open takes, of a cell of an image column."""
     if isinstance(cell, dict) and cell.get("bytes"):
         return io.BytesIO(cell["bytes"])
-    if isinstance(cell, dict) and cell.get("path"):
+    if isinstance(cell, dict) and os.path.isfile(cell.get("path") or ""):  # to open a pipe would wait for ever
         return cell["path"]
     raise UserError(f"{where}: --image-column {column} holds no image")
 
 
+def class_number(cell, where):
+    """A label, -1 if there is none."""
+    if cell is None:
+        return -1
+    with user_error(f"{where}: --label-column must hold class numbers", TypeError):
+        return operator.index(cell)
+
+
 def labels_of(table, column):
-    return [row[column] for _, row in table.rows([column])]
+    return [class_number(row[column], where) for where, row in table.rows([column])]
 
 
 def has_labels(table, column):
-    return all(isinstance(label, int) and label >= 0 for label in labels_of(table, column))
+    for _, features in table.features():
+        if column not in features:
+            return False
+    return min(labels_of(table, column), default=-1) >= 0
 
 
 # ---- Preparing --------------------------------------------------------------------------------------------
 
-def store(examples, one_in, scratch, progress):
-    """(facts, {name: array}) of examples, by way of a mapped file: memory stays constant."""
-    images, labels, grey = None, np.empty(examples.n, np.int64), True
-    for i, (image, label, is_grey) in enumerate(examples.rows()):
-        if images is None:
-            shape = (examples.n, *image.shape)
-            images = np.lib.format.open_memmap(scratch / "images.npy", "w+", image.dtype, shape)
-        images[i], labels[i] = image, label
-        grey = grey and is_grey
-        progress.add(1)
-    if images is None:
-        raise UserError("there are no images")
-    if grey:
-        images = images[:, :1]
+class ArrayFile:
+    """An .npy file that is written row by row. A mapped file would end the process on a full disk."""
 
+    def __init__(self, path, dtype, shape):
+        self.path = path
+        self.file = open(path, "wb")
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def write(self, rows):
+        self.file.write(np.ascontiguousarray(rows))
+
+    def mapped(self):
+        """The array, read-only, when all rows are written."""
+        self.file.close()
+        return np.load(self.path, mmap_mode="r")
+
+
+def write_images(examples, path, progress):
+    """(images, labels, whether all are grey) of examples; images are mapped, so memory stays constant."""
+    file = None
+    labels = []
+    all_grey = True
+    for image, label, is_grey in examples.rows():
+        if file is None:
+            file = ArrayFile(path, image.dtype, (examples.n, *image.shape))
+        file.write(image)
+        labels.append(label)
+        all_grey = all_grey and is_grey
+        progress.add(1)
+    if file is None:
+        raise UserError("there are no images")
+    return file.mapped(), np.array(labels, np.int64), all_grey
+
+
+def store(examples, one_in, scratch, progress):
+    """(facts, {name: array}) of examples, by way of files."""
+    images, labels, all_grey = write_images(examples, scratch / "images.npy", progress)
+    if all_grey:
+        images = images[:, :1]
     held_out = np.arange(examples.n) >= examples.n_train
     if not held_out.any():
         held_out = tenth_of_each_class(labels)
@@ -306,23 +392,25 @@ def one_in_each_class(rows, labels, one_in):
 def refuse_labels(labels, held_out, names):
     """Raises UserError unless labels are 0 to len(names) - 1, each with an example to train on."""
     wrong = set(labels.tolist()) - set(range(len(names)))
+    if names == []:
+        raise UserError(f"there are no labels: the largest is {labels.max()}")
     if wrong:
         raise UserError(f"labels must be 0 to {len(names) - 1}; there is {min(wrong)}")
     untrained = set(range(len(names))) - set(labels[~held_out].tolist())
     if untrained:
         c = min(untrained)
-        raise UserError(f"labels must be 0 to {len(names) - 1}, each with an image to train on and one held out; "
-                        f"class {c} ({names[c]}) has {(labels == c).sum()}, none of them to train on")
+        raise UserError(f"class {c} ({names[c]}) has no image to train on, and {(labels == c).sum()} held out; each "
+                        f"class from 0 to {len(names) - 1} needs one to train on")
 
 
 def taken(images, rows, path):
     """The given rows of a mapped array: a part of it if they lie together there, else copied into a file."""
     if images.flags.c_contiguous and len(rows) == rows[-1] + 1 - rows[0]:
         return images[rows[0]:rows[-1] + 1]
-    new = np.lib.format.open_memmap(path, "w+", images.dtype, (len(rows), *images.shape[1:]))
+    new = ArrayFile(path, images.dtype, (len(rows), *images.shape[1:]))
     for start in range(0, len(rows), 1024):
-        new[start:start + 1024] = images[rows[start:start + 1024]]
-    return new
+        new.write(images[rows[start:start + 1024]])
+    return new.mapped()
 
 
 def statistics_of(images):
@@ -373,9 +461,11 @@ class Data:
 
     def class_names(self, n):
         """Names of n classes; where the data are not there, or are others, their numbers."""
-        with contextlib.suppress(UserError):
+        try:
             if len(self.names) == n:
                 return self.names
+        except UserError as e:
+            print(f"note: classes are shown without their names: {e}", flush=True)
         return [str(c) for c in range(n)]
 
     @property
@@ -397,9 +487,10 @@ class Data:
     def describe(self):
         about = self.about
         augment = ",".join(self.augment) or "none"
-        return (f"{about['source']}, {self.source.used}, {about['train']:,} images to train on, {about['val']:,} held "
-                f"out, {about['n_channel']} x {about['image_size']} x {about['image_size']}, {about['n_class']} classes, "
-                f"augmentation {augment}, fingerprint {about['fingerprint'][:12]}")
+        return one_line(
+            f"{about['source']}, {self.source.used}, {about['train']:,} images to train on, {about['val']:,} held out, "
+            f"{about['n_channel']} x {about['image_size']} x {about['image_size']}, {about['n_class']} classes, "
+            f"augmentation {augment}, fingerprint {about['fingerprint'][:12]}")
 
     def length(self, config):
         """Examples in an epoch."""

@@ -1,5 +1,6 @@
 """Tables in hub form, of this machine or of the Hugging Face hub, as rows. Whatever cannot be read is told with
 file and row."""
+import codecs
 import csv
 import io
 import json
@@ -8,6 +9,13 @@ from data import UserError, user_error
 from data.files import form
 
 csv.field_size_limit(2 ** 31 - 1)  # a cell may hold a book
+
+
+def refuse_missing(column, columns, where):
+    """Raises UserError if the column that --column names is not there."""
+    if column not in columns:
+        raise UserError(f"{where} has no column {column!r}; it has {', '.join(map(str, columns))}; choose one with "
+                        f"--column")
 
 
 class LocalTable:
@@ -26,19 +34,19 @@ class LocalTable:
             read = READERS[form(self.shown(name))]
             yield from read(path, self.shown(name), columns)
 
-    def schema(self):
-        """pyarrow's schema of the first .parquet or .arrow file."""
-        import pyarrow.parquet
-        name = self.names[0]
-        with user_error(f"{self.shown(name)} cannot be read"):
-            if form(self.shown(name)) == "parquet":
-                return pyarrow.parquet.read_schema(self.listing.path(name))
-            return arrow_batches(self.listing.path(name)).schema
-
     def features(self):
-        """{column: its datasets.Feature}, as `datasets` wrote them into the file."""
+        """Yields (file, {column: its datasets.Feature}) of each .parquet or .arrow file."""
         import datasets
-        return dict(datasets.Features.from_arrow_schema(self.schema()))
+        import pyarrow.parquet
+        for name in self.names:
+            path = self.listing.path(name)
+            with user_error(f"{self.shown(name)} cannot be read"):
+                if form(self.shown(name)) == "parquet":
+                    schema = pyarrow.parquet.read_schema(path)
+                else:
+                    schema = arrow_batches(path).schema
+                features = dict(datasets.Features.from_arrow_schema(schema))
+            yield self.shown(name), features
 
     def n_rows(self):
         """The number of rows, or None where only reading tells."""
@@ -70,9 +78,8 @@ def read_parquet(path, name, columns):
     import pyarrow.parquet
     with user_error(f"{name} cannot be read"):
         file = pyarrow.parquet.ParquetFile(path)
-        lacks = [c for c in columns or [] if c not in file.schema_arrow.names]
-        if lacks:
-            raise UserError(f"{name} has no column {lacks[0]!r}; it has {', '.join(file.schema_arrow.names)}")
+        for column in columns or []:
+            refuse_missing(column, file.schema_arrow.names, name)
         batches = file.iter_batches(batch_size=256, columns=columns)
     yield from rows_of_batches(batches, name)
 
@@ -107,13 +114,15 @@ def open_packed(path):
 def read_json(path, name, columns):
     """A JSON value a line, or one list of them."""
     with user_error(f"{name} cannot be read"), open_packed(path) as file:
-        is_list = file.peek(1)[:1] == b"["
-        if is_list:
-            for number, row in enumerate(json.load(file)):
+        begin = file.peek(1024)[:1024].removeprefix(codecs.BOM_UTF8).lstrip()
+        if begin.startswith(b"["):
+            for number, row in enumerate(json.loads(file.read())):
                 yield checked_row(row, f"{name}, row {number}")
             return
         for number, line in enumerate(file):
             where = f"{name}, line {number + 1}"
+            if number == 0:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 with user_error(f"{where} is not JSON", ValueError):
                     row = json.loads(line)
@@ -137,19 +146,34 @@ def decoded(lines):
 def read_csv(path, name, columns, delimiter=","):
     """The first line names the columns. Every cell is text: one that says null is the word null."""
     with user_error(f"{name} cannot be read"), open_packed(path) as file:
-        rows = csv.DictReader(decoded(file), delimiter=delimiter, strict=True)
-        number = 0
+        lines = csv.reader(decoded(file), delimiter=delimiter, strict=True)
+        columns = None
+        number = 0  # of the next row
         while True:
             with user_error(f"{name}, row {number} cannot be read; is it CSV in UTF-8?"):
-                row = next(rows, None)
-            if row is None:
+                cells = next(lines, None)
+            if cells is None:
                 return
-            n_cells = len(row) + len(row.get(None, [])) - (None in row) - list(row.values()).count(None)
-            if n_cells != len(rows.fieldnames):
-                raise UserError(f"{name}, row {number}: {n_cells} cells, but the first line names "
-                                f"{len(rows.fieldnames)} columns")
-            yield f"{name}, row {number}", row
+            if columns is None:
+                columns = checked_header(cells, name)
+                continue
+            if cells == []:  # an empty line
+                continue
+            if len(cells) != len(columns):
+                raise UserError(f"{name}, row {number}: {len(cells)} cells, but the first line names "
+                                f"{len(columns)} columns")
+            yield f"{name}, row {number}", dict(zip(columns, cells))
             number += 1
+
+
+def checked_header(columns, name):
+    """The names of columns. Raises UserError if there are none, or one is there twice."""
+    if columns == []:
+        raise UserError(f"{name}: the first line is empty, but must name the columns")
+    for column in columns:
+        if columns.count(column) > 1:
+            raise UserError(f"{name}: the first line names the column {column!r} twice")
+    return columns
 
 
 def read_tsv(path, name, columns):
@@ -176,7 +200,8 @@ class HubTable:
                     dataset = dataset.cast_column(column, datasets.Image(decode=False))
         number, rows = 0, iter(dataset)
         while True:
-            with user_error(f"{self.name}: row {number} cannot be read; is the network there?"):
+            problem = f"{self.name}: row {number} cannot be read"
+            with user_error(problem), user_error(f"{problem}; is the network there?", OSError):
                 row = next(rows, None)
             if row is None:
                 return
@@ -184,7 +209,8 @@ class HubTable:
             number += 1
 
     def features(self):
-        return dict(self.dataset.features)
+        """Yields (name, {column: its datasets.Feature}), once."""
+        yield self.name, dict(self.dataset.features)
 
 
 def hub_tables(settings, streaming):

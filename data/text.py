@@ -1,7 +1,7 @@
 """Text: tokens to train on and held-out ones.
 
 Held out is a validation or test split, or the split that --held-out names. Where there is none, it is every tenth of
-ten text files or more, every 100th of a hundred documents or more in hub form, and else the last tenth of all."""
+ten text files or more, every 100th document in hub form, or the last tenth of all, if those are too little text."""
 import codecs
 import functools
 import itertools
@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sysconfig
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
@@ -16,9 +17,10 @@ from typing import Callable
 import numpy as np
 import torch
 
-from data import Progress, UserError, local_path, prepared, user_error
-from data.files import Listing, choose, form, listing, other_kind, splits_by_name, table_files, table_splits
-from data.tables import LocalTable, hub_tables
+from data import Progress, UserError, local_path, one_line, prepared, refuse_without_effect, user_error
+from data.files import (BINARY_SUFFIXES, PACKED, Listing, choose, form, listing, other_kind, splits_by_name, suffix,
+                        table_splits)
+from data.tables import LocalTable, hub_tables, open_packed, refuse_missing
 from diffusion_blocks import to_device
 
 FACTS = ("vocab_size",)  # fields of a model's Config that the data decides
@@ -135,10 +137,10 @@ def stdlib_listing():
 
 
 def read_blocks(path, is_utf8=False):
-    """The bytes of a file, in blocks. With is_utf8, raises UserError where they are not UTF-8."""
+    """The bytes of a file, unpacked, in blocks. With is_utf8, raises UserError where they are not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     place = 0
-    with user_error(f"{path} cannot be read", OSError), open(path, "rb") as file:
+    with user_error(f"{path} cannot be read", OSError), open_text(path) as file:
         while True:
             block = file.read(PIECE)
             if is_utf8:
@@ -154,12 +156,31 @@ def read_blocks(path, is_utf8=False):
             place += len(block)
 
 
-def joined(paths, is_utf8):
-    """The blocks of files, one after another, with a line end between two."""
-    for i, path in enumerate(paths):
+def is_packed(path):
+    return path.name.lower().endswith(PACKED)
+
+
+def open_text(path):
+    """A file's bytes as a stream."""
+    if is_packed(path):
+        return open_packed(path)
+    return open(path, "rb")
+
+
+def size_of(path):
+    """Bytes of a file, unpacked."""
+    if is_packed(path):
+        return sum(len(block) for block in read_blocks(path))
+    with user_error(f"{path} cannot be read", OSError):
+        return path.stat().st_size
+
+
+def joined(documents):
+    """The blocks of documents, one after another, with a line end between two."""
+    for i, blocks in enumerate(documents):
         if i > 0:
             yield b"\n"
-        yield from read_blocks(path, is_utf8)
+        yield from blocks
 
 
 def cut_in_two(blocks, cut):
@@ -183,14 +204,18 @@ def cut_in_two(blocks, cut):
     yield "val", itertools.chain(rest, blocks)
 
 
+def files_joined(paths, is_utf8):
+    return joined(read_blocks(path, is_utf8) for path in paths)
+
+
 def file_documents(paths, is_utf8=False):
     """Documents of text files without splits: every tenth file is held out, or the last tenth of all."""
     if len(paths) >= 10:
         for i, path in enumerate(paths):
             yield "val" if i % 10 == 9 else "train", read_blocks(path, is_utf8)
     else:
-        n_bytes = sum(path.stat().st_size for path in paths) + len(paths) - 1
-        yield from cut_in_two(joined(paths, is_utf8), n_bytes * 9 // 10)
+        n_bytes = sum(size_of(path) for path in paths) + len(paths) - 1
+        yield from cut_in_two(files_joined(paths, is_utf8), n_bytes * 9 // 10)
 
 
 def split_documents(train, val, is_utf8=False):
@@ -202,14 +227,13 @@ def split_documents(train, val, is_utf8=False):
 
 
 def table_texts(table, column, left_out):
-    """The texts of a table, as bytes. Rows that hold none are counted in left_out, a list of places."""
+    """The texts of a table, as bytes. Rows that hold none are counted in left_out, a Counter."""
     for where, row in table.rows([column]):
-        if column not in row:
-            raise UserError(f"{where} has no column {column!r}; it has {', '.join(map(str, row))}; choose one with "
-                            f"--column")
+        refuse_missing(column, row, where)
         text = row[column]
+        if text in (None, ""):
+            left_out["rows"] += 1
         if text is None:
-            left_out.append(where)
             continue
         if not isinstance(text, str):
             raise UserError(f"{where}: column {column!r} holds no text, but {type(text).__name__}")
@@ -217,68 +241,109 @@ def table_texts(table, column, left_out):
             yield text.encode()
 
 
+def table_joined(table, column, left_out):
+    return joined([text] for text in table_texts(table, column, left_out) if text)
+
+
 def table_documents(train, val, column, left_out):
-    """Documents of a table, and of the one that is held out, if there is one."""
-    texts = table_texts(train, column, left_out)
+    """Documents of a table, and of the one that is held out; if there is none, every 100th is."""
+    for i, text in enumerate(table_texts(train, column, left_out)):
+        if val is None and i % 100 == 99:
+            yield "val", [text]
+        else:
+            yield "train", [text]
     if val is not None:
-        yield from (("train", [text]) for text in texts)
-        yield from (("val", [text]) for text in table_texts(val, column, left_out))
-        return
-    first = list(itertools.islice(texts, 100))
-    if len(first) < 100:
-        text = b"\n".join(text for text in first if text)
-        yield from cut_in_two([text], len(text) * 9 // 10)
-        return
-    for i, text in enumerate(itertools.chain(first, texts)):
-        yield "val" if i % 100 == 99 else "train", [text]
+        for text in table_texts(val, column, left_out):
+            yield "val", [text]
 
 
 # ---- Preparing --------------------------------------------------------------------------------------------
 
 AT_ONCE = 16 * PIECE  # bytes that are given to all cores together
+ENOUGH = 10_000       # bytes of held-out text that are enough, however much text there is
 
 
-def tokenize(documents, tokenizer, scratch, progress):
-    """(facts, {split: token ids}) of documents, with a line end between two, by way of files in a folder."""
-    dtype = np.min_scalar_type(tokenizer.n_vocab - 1)
-    n_bytes = {"train": 0, "val": 0}
-    files = {split: open(scratch / split, "wb") for split in n_bytes}
-    waiting = []  # (split, piece)
+class TokenFiles:
+    """A file of token ids for each split. Pieces of text wait until there are enough for all cores. Use it in a
+    `with`."""
 
-    def write():
-        for (split, _), ids in zip(waiting, tokenizer.encode_all([piece for _, piece in waiting])):
-            files[split].write(ids.astype(dtype))
-        waiting.clear()
+    def __init__(self, tokenizer, folder):
+        self.tokenizer, self.folder = tokenizer, folder
+        self.dtype = np.min_scalar_type(tokenizer.n_vocab - 1)
+        self.n_bytes = {"train": 0, "val": 0}
+        self.files = {split: open(folder / split, "wb") for split in self.n_bytes}
+        self.waiting = []  # (split, piece)
+        self.n_waiting = 0
 
-    try:
-        n_waiting = 0
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for file in self.files.values():
+            file.close()
+
+    def add(self, split, piece):
+        self.waiting.append((split, piece))
+        self.n_bytes[split] += len(piece)
+        self.n_waiting += len(piece)
+        if self.n_waiting >= AT_ONCE:
+            self.write()
+
+    def write(self):
+        all_ids = self.tokenizer.encode_all([piece for _, piece in self.waiting])
+        for (split, _), ids in zip(self.waiting, all_ids):
+            self.files[split].write(ids.astype(self.dtype))
+        self.waiting.clear()
+        self.n_waiting = 0
+
+    def arrays(self):
+        """{split: token ids}, mapped, of closed files."""
+        return {split: np.memmap(self.folder / split, self.dtype, "r") for split in self.files}
+
+
+def tokenize(documents, tokenizer, folder, progress):
+    """Write the tokens of documents (split, blocks), with a line end between two. Returns the TokenFiles."""
+    with progress, TokenFiles(tokenizer, folder) as tokens:
         for split, blocks in documents:
             is_new = True
             for piece in pieces(blocks):
-                if is_new and n_bytes[split] > 0:
-                    waiting.append((split, b"\n"))
-                    n_bytes[split] += 1
+                if is_new and tokens.n_bytes[split] > 0:
+                    tokens.add(split, b"\n")
                 is_new = False
-                waiting.append((split, piece))
-                n_bytes[split] += len(piece)
-                n_waiting += len(piece)
-                if n_waiting >= AT_ONCE:
-                    write()
-                    n_waiting = 0
+                tokens.add(split, piece)
                 if progress.unit == "bytes":
                     progress.add(len(piece))
             if progress.unit == "documents":
                 progress.add(1)
-        write()
-    finally:
-        for file in files.values():
-            file.close()
+        tokens.write()
+    return tokens
+
+
+def prepare(source, tokenizer, folder):
+    """(facts, {split: token ids}) of a Source, by way of files in a folder."""
+    left_out = Counter()
+    progress = Progress(source.unit, source.total)
+    tokens = tokenize(source.documents(left_out), tokenizer, folder, progress)
+    n_all = sum(tokens.n_bytes.values())
+    if n_all == 0:
+        raise UserError(f"there is no text in {source.name}: {source.used}, {left_out['rows']:,} rows without text")
+    n_held_out = tokens.n_bytes["val"]
+    if n_held_out < ENOUGH and n_held_out < .02 * n_all:
+        left_out.clear()
+        text = source.joined(left_out)
+        if text is not None:  # no split is held out: the last tenth is, and all is read again
+            progress = Progress("bytes", n_all)
+            tokens = tokenize(cut_in_two(text, n_all * 9 // 10), tokenizer, folder, progress)
+    n_bytes = tokens.n_bytes
     if min(n_bytes.values()) == 0:
         raise UserError(f"too little text: {n_bytes['train']:,} bytes to train on, {n_bytes['val']:,} held out")
-    arrays = {split: np.memmap(scratch / split, dtype, "r") for split in n_bytes}
-    n_tokens = {split: len(ids) for split, ids in arrays.items()}
-    return {**n_tokens, "vocab_size": tokenizer.n_vocab,
-            "bytes_per_token": n_bytes["val"] / n_tokens["val"]}, arrays
+    arrays = tokens.arrays()
+    facts = {split: len(ids) for split, ids in arrays.items()}
+    facts["vocab_size"] = tokenizer.n_vocab
+    facts["bytes_per_token"] = n_bytes["val"] / facts["val"]
+    if left_out["rows"] > 0:
+        facts["rows_without_text"] = left_out["rows"]
+    return facts, arrays
 
 
 # ---- Which source it is -----------------------------------------------------------------------------------
@@ -288,9 +353,10 @@ class Source:
     """What --data names, and how to read it."""
     name: str
     choice: dict         # settings that decide the content
-    stamps: list         # names, sizes and times of its files
+    stamps: dict         # where its files are; of each split their names, sizes and times
     used: str            # the files that are used, in words
-    documents: Callable  # documents(rows_left_out) yields (split, blocks)
+    documents: Callable  # documents(left_out) yields (split, blocks), and counts in left_out the rows without text
+    joined: Callable     # joined(left_out): the blocks of all documents; None if a split is held out
     unit: str            # bytes or documents, by which progress is told
     total: int | None = None  # of these, where it is known
 
@@ -299,43 +365,70 @@ def find_source(settings):
     """The Source that settings name. Raises UserError."""
     path = local_path(settings.data, "text")
     if settings.data == "stdlib":
-        return files_source(settings, "stdlib", stdlib_listing())
+        return stdlib_source(settings)
     if path is None:
         return hub_source(settings)
     found = listing(path)
     name = path.resolve().name
     tables = [file for file in found.files if form(file or path.name)]
-    texts = [file for file in found.files if file not in tables and (file == "" or file.lower().endswith(".txt"))]
+    texts = [file for file in found.files if file not in tables and is_text(file)]
     if tables and texts:
         raise UserError(f"--data {path}: there are text files, such as {texts[0]}, and tables, such as {tables[0]}; "
                         f"name one of them, or a folder with one kind")
     if tables:
         return tables_source(settings, name, found)
     if texts:
+        if not is_text(path.name) and path.suffix.lower() in BINARY_SUFFIXES:
+            raise UserError(f"--data {path} is packed or binary; it must be plain text, .txt.gz or .txt.zst")
         return files_source(settings, name, found.keep(texts, other_kind))
     raise UserError(f"--data {path}: there are no .txt files, and none in hub form: "
                     f"{found.keep([], other_kind).describe()}")
 
 
+def is_text(name):
+    """Whether a file of a folder is text. A file that is named alone, "", may have any suffix."""
+    return name == "" or suffix(name) == ".txt"
+
+
+def stdlib_source(settings):
+    refuse_without_effect(settings, ("data", "tokenizer"))
+    files = stdlib_listing()
+    paths = [files.path(file) for file in files.files]
+
+    def documents(left_out):
+        return file_documents(paths)
+
+    def everything(left_out):
+        return files_joined(paths, is_utf8=False)
+    choice = {"python": platform.python_version()}
+    stamps = files.stamps({"train": files.files})
+    return Source("stdlib", choice, stamps, files.describe(), documents, everything, "bytes")
+
+
 def files_source(settings, name, files):
+    refuse_without_effect(settings, ("data", "tokenizer", "split", "held_out"))
     is_utf8 = settings.tokenizer != "bytes"
-    if name == "stdlib":
-        paths = [files.path(file) for file in files.files]
-        choice = {"python": platform.python_version()}
-        return Source(name, choice, files.stamps(), files.describe(), lambda _: file_documents(paths, is_utf8), "bytes")
     splits = splits_by_name(files)
     train, val = choose(splits, settings.data, settings.split, settings.held_out)
-    held_out = splits.get(val, [])
-    files = files.keep(splits[train] + held_out, lambda file: "of other splits")
-    paths, val_paths = ([files.path(file) for file in names] for names in (splits[train], held_out))
+    used = {"train": splits[train], "val": splits.get(val, [])}
+    files = files.keep(used["train"] + used["val"], lambda file: "of other splits")
+    paths = [files.path(file) for file in used["train"]]
+    val_paths = [files.path(file) for file in used["val"]]
 
-    def documents(rows_left_out):
+    def documents(left_out):
         if val_paths:
             return split_documents(paths, val_paths, is_utf8)
         return file_documents(paths, is_utf8)
-    n_bytes = sum(size for _, size, _ in files.stamps())
+
+    def everything(left_out):
+        if val_paths:
+            return None
+        return files_joined(paths, is_utf8)
+    n_bytes = None
+    if not any(is_packed(path) for path in paths + val_paths):
+        n_bytes = sum(size_of(path) for path in paths + val_paths)
     choice = {"split": settings.split, "held_out": settings.held_out}
-    return Source(name, choice, files.stamps(), files.describe(), documents, "bytes", n_bytes)
+    return Source(name, choice, files.stamps(used), files.describe(), documents, everything, "bytes", n_bytes)
 
 
 def table_choice(settings):
@@ -345,22 +438,40 @@ def table_choice(settings):
 def tables_source(settings, name, files):
     files, splits = table_splits(files, settings.config)
     train, val = choose(splits, settings.data, settings.split, settings.held_out)
-    files = files.keep(splits[train] + splits.get(val, []), lambda file: "of other splits")
-    table = LocalTable(files, splits[train])
-    held_out = LocalTable(files, splits[val]) if val else None
+    used = {"train": splits[train], "val": splits.get(val, [])}
+    files = files.keep(used["train"] + used["val"], lambda file: "of other splits")
+    table = LocalTable(files, used["train"])
+    held_out = LocalTable(files, used["val"]) if val else None
 
-    def documents(rows_left_out):
-        return table_documents(table, held_out, settings.column, rows_left_out)
-    return Source(name, table_choice(settings), files.stamps(), files.describe(), documents, "documents",
-                  LocalTable(files, files.files).n_rows())
+    def documents(left_out):
+        return table_documents(table, held_out, settings.column, left_out)
+
+    def everything(left_out):
+        if held_out is not None:
+            return None
+        return table_joined(table, settings.column, left_out)
+    n_rows = LocalTable(files, files.files).n_rows()
+    return Source(name, table_choice(settings), files.stamps(used), files.describe(), documents, everything,
+                  "documents", n_rows)
 
 
 def hub_source(settings):
-    def documents(rows_left_out):
+    def chosen():
         tables = hub_tables(settings, streaming=True)
         train, val = choose(tables, settings.data, settings.split, settings.held_out)
-        yield from table_documents(tables[train], tables.get(val), settings.column, rows_left_out)
-    return Source(settings.data, table_choice(settings), [], "a dataset of the hub", documents, "documents")
+        return tables[train], tables.get(val)
+
+    def documents(left_out):
+        train, val = chosen()
+        return table_documents(train, val, settings.column, left_out)
+
+    def everything(left_out):
+        train, val = chosen()
+        if val is not None:
+            return None
+        return table_joined(train, settings.column, left_out)
+    return Source(settings.data, table_choice(settings), {}, "a dataset of the hub", documents, everything,
+                  "documents")
 
 
 # ---- Batches ----------------------------------------------------------------------------------------------
@@ -381,13 +492,8 @@ class Data:
         """(facts for the checkpoint, {split: token ids}), prepared if need be: see `about` and `arrays`."""
         source = self.source
 
-        def build(scratch):
-            rows_left_out = []
-            with Progress(source.unit, source.total) as progress:
-                facts, arrays = tokenize(source.documents(rows_left_out), self.tokenizer, scratch, progress)
-            if rows_left_out:
-                facts["rows_without_text"] = len(rows_left_out)
-            return facts, arrays
+        def build(folder):
+            return prepare(source, self.tokenizer, folder)
         return prepared(source.name, {"tokenizer": self.tokenizer.name} | source.choice, source.stamps, build)
 
     @property
@@ -414,7 +520,7 @@ class Data:
                 f"tokens to train on, {about['val']:,} held out, fingerprint {about['fingerprint'][:12]}")
         if "rows_without_text" in about:
             line += f", left out: {about['rows_without_text']:,} rows without text"
-        return line
+        return one_line(line)
 
     def length(self, config):
         """Examples in an epoch."""
