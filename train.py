@@ -862,6 +862,8 @@ def import_model(name):
     for settings in ("Config", "Sampling"):
         if not is_dataclass(getattr(module, settings)):
             raise UserError(f"{name}.py: {settings} must be a dataclass")
+    if not hasattr(defaults(module.Config), "noise"):
+        raise UserError(f"{name}.py: Config needs a field noise, LogNormal or Masking")
     if module.DATA not in ("text", "images") and importlib.util.find_spec(f"data.{module.DATA}") is None:
         raise UserError(f"{name}.py: DATA is {module.DATA!r}; choose text or images, or write data/{module.DATA}.py")
     return module
@@ -1047,6 +1049,8 @@ def set_up(run, training, local_rank=0):
 
 def parts_to_train(asked, values):
     """["block_0", ...], ["end_to_end"] or ["control"]. Raises UserError for a block that does not exist."""
+    if asked.part == "control" and not hasattr(asked.module.Config, "control"):
+        raise UserError(f"{asked.model}.py: Config needs control(), which returns the Config of the control")
     if asked.part in ("end_to_end", "control"):
         return [asked.part]
     n_blocks = replaced(asked.module.Config(), values).noise.n_blocks
