@@ -3,6 +3,7 @@
 Held out is a validation or test split, or the split that --held-out names, or else a tenth of each class."""
 import functools
 import io
+import itertools
 import operator
 import os
 import re
@@ -317,38 +318,38 @@ def has_labels(table, column):
 # ---- Preparing --------------------------------------------------------------------------------------------
 
 class ArrayFile:
-    """An .npy file that is written row by row. A mapped file would end the process on a full disk."""
+    """An .npy file that is written row by row, in a `with`. A mapped file would end the process on a full disk."""
 
     def __init__(self, path, dtype, shape):
-        self.path = path
         self.file = open(path, "wb")
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(self.file, header)
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
     def write(self, rows):
         self.file.write(np.ascontiguousarray(rows))
-
-    def mapped(self):
-        """The array, read-only, when all rows are written."""
-        self.file.close()
-        return np.load(self.path, mmap_mode="r")
 
 
 def write_images(examples, path, progress):
     """(images, labels, whether all are grey) of examples; images are mapped, so memory stays constant."""
-    file = None
+    rows = examples.rows()
+    first = next(rows, None)
+    if first is None:
+        raise UserError("there are no images")
     labels = []
     all_grey = True
-    for image, label, is_grey in examples.rows():
-        if file is None:
-            file = ArrayFile(path, image.dtype, (examples.n, *image.shape))
-        file.write(image)
-        labels.append(label)
-        all_grey = all_grey and is_grey
-        progress.add(1)
-    if file is None:
-        raise UserError("there are no images")
-    return file.mapped(), np.array(labels, np.int64), all_grey
+    with ArrayFile(path, first[0].dtype, (examples.n, *first[0].shape)) as file:
+        for image, label, is_grey in itertools.chain([first], rows):
+            file.write(image)
+            labels.append(label)
+            all_grey = all_grey and is_grey
+            progress.add(1)
+    return np.load(path, mmap_mode="r"), np.array(labels, np.int64), all_grey
 
 
 def store(examples, one_in, scratch, progress):
@@ -407,10 +408,10 @@ def taken(images, rows, path):
     """The given rows of a mapped array: a part of it if they lie together there, else copied into a file."""
     if images.flags.c_contiguous and len(rows) == rows[-1] + 1 - rows[0]:
         return images[rows[0]:rows[-1] + 1]
-    new = ArrayFile(path, images.dtype, (len(rows), *images.shape[1:]))
-    for start in range(0, len(rows), 1024):
-        new.write(images[rows[start:start + 1024]])
-    return new.mapped()
+    with ArrayFile(path, images.dtype, (len(rows), *images.shape[1:])) as file:
+        for start in range(0, len(rows), 1024):
+            file.write(images[rows[start:start + 1024]])
+    return np.load(path, mmap_mode="r")
 
 
 def statistics_of(images):
