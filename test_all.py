@@ -4216,6 +4216,117 @@ def test_tables_beside_text_or_images_or_other_tables_are_refused(tmp_path, prep
     assert "a/0.png" in refusal(images, pictures) and "more.parquet" in refusal(images, pictures)
 
 
+@pytest.mark.parametrize("train, val", [
+    ("ptb.train.txt", "ptb.valid.txt"), ("wiki.train.txt", "wiki.test.txt"), ("my_train.txt", "my_test.txt"),
+    ("c4-train.00000-of-00002.jsonl", "c4-validation.00000-of-00001.jsonl"), ("en/my-train/a.txt", "en/my-dev/a.txt")])
+def test_splits_are_told_by_words_within_names(train, val, tmp_path, prepared):
+    contents = {train: "to train on", val: "held out"}
+    if train.endswith(".jsonl"):
+        contents = {name: json.dumps({"text": content}) for name, content in contents.items()}
+    assert stored_text(write_files(tmp_path / "texts", contents)) == ("to train on", "held out")
+
+
+def test_a_word_that_is_part_of_a_title_tells_no_split(tmp_path, prepared):
+    source = write_files(tmp_path / "texts", {"Test pilots.txt": "in the air " * 20, "Moby Dick.txt": "at sea " * 20})
+    train, val = stored_text(source)
+    assert "in the air" in train + val and "at sea" in train + val
+
+
+def test_names_that_differ_only_in_a_split_that_is_glued_on_are_refused(tmp_path, prepared):
+    source = write_files(tmp_path / "texts", {"trainset.txt": "one", "testset.txt": "two"})
+    message = refusal(text, source)
+    assert "'testset.txt' and 'trainset.txt' look like splits" in message
+
+
+def test_a_split_within_one_name_of_several_is_refused(tmp_path, prepared):
+    source = write_files(tmp_path / "texts", {"part-b.txt": "one", "pre-train.txt": "two"})
+    assert "'pre-train.txt' looks like the split 'train', but 'part-b.txt'" in refusal(text, source)
+
+
+def test_folders_of_images_may_have_a_split_within_their_names(tmp_path, prepared):
+    source = write_classes(tmp_path / "set", "seg_train/a", "seg_train/b", n=5)
+    write_classes(source, "seg_test/a", "seg_test/b", n=2)
+    assert load(images, source).names == ["a", "b"]
+    assert counts(source) == (10, 4)
+
+
+@pytest.mark.parametrize("classes", [("root/train/a", "root/val/a"), ("archive/a", "archive/b")])
+def test_a_folder_above_the_right_one_is_refused(classes, tmp_path, prepared):
+    source = write_classes(tmp_path / "set", *classes, n=3)
+    below = source / classes[0].split("/")[0]
+    assert f"did you mean --data {below}?" in refusal(images, source)
+
+
+def test_images_in_deeper_folders_and_empty_class_folders_are_told(tmp_path, prepared):
+    source = write_classes(tmp_path / "set", "a/x", "a/y", "b", n=4)
+    write_files(source, {"c/0.heic": b"of no kind that is read"})
+    (source / "empty").mkdir()
+    line = load(images, source).describe()
+    assert "8 of them in folders below these" in line
+    assert "1 .heic" in line and "2 without images: c, empty" in line
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.xz", "x.parquet.gz", "x.log.gz", "x.zip", "x.npz", "x.pdf", "x.PNG"])
+def test_a_packed_or_binary_file_is_no_text(name, tmp_path, prepared):
+    source = write_files(tmp_path, {name: b"no plain text" * 10}) / name
+    assert f"{name} is packed or binary" in refusal(text, source)
+
+
+@pytest.mark.parametrize("name", ["x.txt.gz", "x.TXT.zst"])
+def test_a_packed_text_is_unpacked(name, tmp_path, prepared):
+    import pyarrow
+    (tmp_path / "texts").mkdir()
+    packing = {"gz": "gzip", "zst": "zstd"}[name.split(".")[2]]
+    with pyarrow.output_stream(str(tmp_path / "texts" / name), compression=packing) as file:
+        file.write(b"a packed text " * 100)
+    for source in (tmp_path / "texts", tmp_path / "texts" / name):
+        assert stored_text(source) == ("a packed text " * 90, "a packed text " * 10)
+
+
+def test_a_flag_that_this_source_does_not_read_is_refused(tmp_path, prepared):
+    texts = write_files(tmp_path, {"a.txt": "some text " * 20}) / "a.txt"
+    pictures = write_classes(tmp_path / "set", "a", "b", n=2)
+    latents = write_latents(tmp_path / "latents")
+    assert "--config has no effect" in refusal(text, texts, config="zzz")
+    assert "--column has no effect" in refusal(text, "stdlib", column="q")
+    assert "--image-column has no effect" in refusal(images, pictures, image_column="zz")
+    assert "--split has no effect" in refusal(images, latents, split="test")
+
+
+def test_folders_that_link_to_each_other_are_read_once(tmp_path, prepared):
+    for i in range(12):
+        write_files(tmp_path / "texts" / f"{i:02}", {"a.txt": f"document {i:02}"})
+    for i, j in itertools.permutations(range(12), 2):
+        (tmp_path / "texts" / f"{i:02}" / f"to {j:02}").symlink_to(tmp_path / "texts" / f"{j:02}")
+    train, val = stored_text(tmp_path / "texts")
+    assert sorted((train + "\n" + val).split("\n")) == [f"document {i:02}" for i in range(12)]
+
+
+@pytest.mark.parametrize("link", ["test", "zz-test"])
+def test_a_folder_that_is_linked_as_test_counts_for_training(link, tmp_path, prepared):
+    source = write_files(tmp_path / "texts", {"store/a.txt": "some text " * 20})
+    (source / "store").rename(tmp_path / "store")
+    for name in (link, "train"):
+        (source / name).symlink_to(tmp_path / "store")
+    assert "".join(stored_text(source)) == "some text " * 20
+    assert "1 links to a folder that is used already" in load(text, source).describe()
+
+
+def test_a_name_of_two_hundred_characters_can_be_prepared(tmp_path, prepared):
+    assert "is not on the disk" in refusal(text, "b" * 300)
+    source = tmp_path / ("a" * 250)
+    source.write_text("some text " * 20)
+    assert "".join(stored_text(source)) == "some text " * 20
+
+
+def test_control_characters_of_names_are_not_printed(tmp_path, prepared):
+    if os.name == "nt":
+        pytest.skip("no such names on Windows")
+    source = write_files(tmp_path / "line\nend", {"a.txt": "some text " * 20})
+    assert "line end, 1 file" in load(text, source).describe()
+    assert str(UserError("line\nend")) == "line end"
+
+
 # ---- Data: prepared anew when it changes, and held out ----------------------------------------------------
 
 def test_a_moved_image_is_prepared_anew(tmp_path, prepared):
@@ -4269,6 +4380,77 @@ def test_other_settings_are_prepared_anew(tmp_path, prepared, words):
     assert stored_text(source, split="test") == ("three", "two")
     load(text, source, tokenizer="words").about
     assert len(list(data.DATA_DIR.iterdir())) == 4
+
+
+def test_folders_of_the_same_name_have_their_own_preparations(tmp_path, prepared):
+    for place, content in (("first", "one text " * 20), ("second", "two text " * 20)):
+        path = write_files(tmp_path / place / "texts", {"a.txt": content}) / "a.txt"
+        os.utime(path, ns=(0, 10 ** 18))
+    assert stored_text(tmp_path / "first" / "texts")[0].startswith("one")
+    assert stored_text(tmp_path / "second" / "texts")[0].startswith("two")
+
+
+def test_files_that_are_declared_for_another_split_are_prepared_anew(tmp_path, prepared):
+    source = write_files(tmp_path / "set", {"a.jsonl": '{"text": "text a"}', "b.jsonl": '{"text": "text b"}'})
+    for train, test in ("ab", "ba"):
+        head = f"---\nconfigs:\n- data_files: {{train: {train}.jsonl, test: {test}.jsonl}}\n---\n"
+        (source / "README.md").write_text(head)
+        assert stored_text(source) == (f"text {train}", f"text {test}")
+
+
+@pytest.mark.parametrize("change", [
+    lambda facts: {}, lambda facts: [], lambda facts: facts | {"train": facts["train"] + 1},
+    lambda facts: facts | {"arrays": ["train", "other"]}])
+def test_a_preparation_that_does_not_fit_its_facts_is_damaged(change, tmp_path, prepared):
+    source = write_hub(tmp_path / "hub")
+    load(text, source).about
+    [folder] = data.DATA_DIR.iterdir()
+    facts = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(change(facts)))
+    with pytest.raises(UserError, match="is damaged"):
+        load(text, source).about
+
+
+def test_a_preparation_that_lacks_an_array_is_damaged(tmp_path, prepared):
+    source = write_hub(tmp_path / "hub")
+    load(text, source).about
+    [folder] = data.DATA_DIR.iterdir()
+    (folder / "val.npy").unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        load(text, source).about
+
+
+def test_what_a_killed_preparation_left_is_deleted_after_a_day(tmp_path, prepared):
+    source = write_hub(tmp_path / "hub")
+    load(text, source).about
+    [folder] = data.DATA_DIR.iterdir()
+    shutil.rmtree(folder)
+    old, new = (data.DATA_DIR / f".{folder.name}-{word}" for word in ("old", "new"))
+    for scratch in (old, new):
+        (scratch / "part").mkdir(parents=True)
+    for path in (old, old / "part"):
+        os.utime(path, (time.time() - 25 * 3600, time.time() - 25 * 3600))
+    load(text, source).about
+    assert sorted(data.DATA_DIR.iterdir()) == sorted([folder, new])
+
+
+def test_few_short_documents_are_held_out_by_their_last_tenth(tmp_path, prepared):
+    rows = "\n".join(json.dumps({"text": f"document {i:03}"}) for i in range(120))
+    train, val = stored_text(write_files(tmp_path, {"a.jsonl": rows}) / "a.jsonl")
+    assert len(val) == pytest.approx(.1 * len(train + val), abs=2)
+    assert train.startswith("document 000\n") and val.endswith("document 119")
+
+
+def test_an_empty_tenth_file_is_not_all_that_is_held_out(tmp_path, prepared):
+    contents = {f"{i:02}.txt": f"document {i:02}" * 20 for i in range(12)} | {"09.txt": ""}
+    train, val = stored_text(write_files(tmp_path / "texts", contents))
+    assert len(val) == pytest.approx(.1 * len(train + val), abs=2)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.txt", ""), ("a.csv", "text\n"), ("a.csv", 'text,name\n,1\n,2\n'), ("a.jsonl", '{"text": null}\n{"text": ""}')])
+def test_data_without_text_are_said_to_have_none(name, content, tmp_path, prepared):
+    assert f"there is no text in {name}" in refusal(text, write_files(tmp_path, {name: content}) / name)
 
 
 def test_an_interrupted_preparation_leaves_nothing(tmp_path, prepared, monkeypatch):
@@ -4468,6 +4650,122 @@ def test_one_of_several_configurations_must_be_chosen(tmp_path, prepared):
     assert stored_text(source, config="de") == ("deutsch", "Abend")
 
 
+def write_declared(folder, configs):
+    """Six tables, and a README.md that declares these configurations."""
+    contents = {"README.md": f"\ufeff---\nlicense: mit\nconfigs:\n{configs}\n---\n# A set"}
+    for name in ("a.jsonl", "b.jsonl", "en/a.jsonl", "en/b.jsonl", "en/more/c.jsonl", "de/a.csv"):
+        content = json.dumps({"text": f"of {name}"})
+        if name.endswith(".csv"):
+            content = f"text\nof {name}"
+        contents[name] = content
+    return write_files(folder, contents)
+
+
+@pytest.mark.parametrize("configs, train, val", [
+    ("- data_files: {train: a.jsonl, test: b.jsonl}", "of a.jsonl", "of b.jsonl"),
+    ("- data_files: {train: [en/a.jsonl, en/more], test: b.jsonl}", "of en/a.jsonl\nof en/more/c.jsonl", "of b.jsonl"),
+    ("- data_files:\n  - split: train\n    path: ['*.jsonl']\n  - {split: dev, path: 'en/*'}",
+     "of a.jsonl\nof b.jsonl", "of en/a.jsonl\nof en/b.jsonl"),
+    ("- data_files: {train: '**/c.jsonl', test: './b.jsonl'}", "of en/more/c.jsonl", "of b.jsonl"),
+    ("- data_dir: en\n  data_files: {train: '**', test: ../b.jsonl}", "refused", "no file in hub form matches"),
+    ("- data_dir: en\n  data_files: {train: more/**, test: b.jsonl}", "of en/more/c.jsonl", "of en/b.jsonl"),
+    ("- {config_name: x, data_dir: de}\n- {config_name: y, data_files: {train: a.jsonl, test: b.jsonl}, default: true}",
+     "of a.jsonl", "of b.jsonl"),
+    ("- {config_name: x, data_dir: de}\n- {config_name: default, data_files: {train: a.jsonl, test: b.jsonl}}",
+     "of a.jsonl", "of b.jsonl"),
+    ("- data_files: {train: '*.jsonl', test: 'b.jsonl'}", "refused", "'b.jsonl' for the split 'train' and for 'test'"),
+    ("- data_files: {train: a.jsonl, test: 'z*'}", "refused", "'z*', but no file in hub form matches"),
+    ("- data_files: https://a.org/b.jsonl", "refused", "not read from here"),
+    ("- {config_name: x, data_dir: en}\n- {config_name: x, data_dir: de}", "refused", "'x' is declared twice"),
+    ("- data_files: {train: 2024-99-99}", "refused", "configs of README.md cannot be understood"),
+    ("- data_files: [a.jsonl, {split: train}]", "refused", "configs of README.md cannot be understood"),
+    ("- data_files: [{path: a.jsonl}]", "refused", "configs of README.md cannot be understood"),
+    ("- data_files: 3", "refused", "configs of README.md cannot be understood"),
+    ("- a.jsonl", "refused", "configs of README.md cannot be understood"),
+    ("- data_dir: null\n  data_files: a.jsonl", "refused", "configs of README.md cannot be understood"),
+    ("  [", "refused", "configs of README.md cannot be understood")])
+def test_configurations_of_a_readme_are_understood_or_refused(configs, train, val, tmp_path, prepared):
+    source = write_declared(tmp_path / "set", configs)
+    if train == "refused":
+        assert val in refusal(text, source)
+    else:
+        assert stored_text(source) == (train, val)
+
+
+def test_a_configuration_is_chosen_before_its_files_are_looked_at(tmp_path, prepared):
+    source = write_declared(tmp_path / "set", "- {config_name: 1, data_dir: en}\n- {config_name: 2, data_dir: de}")
+    assert "choose one with --config: '1', '2'" in refusal(text, source)
+    assert "".join(stored_text(source, config="2")) == "of de/a.csv"
+    assert "of en/b.jsonl" in "".join(stored_text(source, config="1"))
+
+
+def test_a_readme_whose_head_declares_nothing_is_not_understood_in_vain(tmp_path, prepared):
+    source = write_files(tmp_path / "set", {"README.md": "---\n: [ no yaml\n---\n", "a.jsonl": '{"text": "some text"}'})
+    assert "".join(stored_text(source)) == "some text"
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.csv", "\ntext\none", "a.csv: the first line is empty"),
+    ("a.csv", "text,text\none,two", "a.csv: the first line names the column 'text' twice"),
+    ("a.csv", "body\none", "choose one with --column"), ("a.parquet", None, "choose one with --column")])
+def test_columns_that_are_not_named_well_are_told(name, content, says, tmp_path, prepared):
+    if content is None:
+        write_table(tmp_path / name, ["one"])
+    else:
+        write_files(tmp_path, {name: content})
+    column = "other" if name == "a.parquet" else "text"
+    assert says in refusal(text, tmp_path / name, column=column)
+
+
+@pytest.mark.parametrize("before", ["\ufeff", " \n ", "\ufeff\n"])
+def test_a_mark_or_space_may_stand_before_a_list_of_json(before, tmp_path, prepared):
+    path = write_files(tmp_path, {"a.json": before + '[{"text": "some text"}]'}) / "a.json"
+    assert "".join(stored_text(path)) == "some text"
+    path = write_files(tmp_path, {"a.jsonl": before + '{"text": "some text"}'}) / "a.jsonl"
+    assert "".join(stored_text(path)) == "some text"
+
+
+def write_labels(path, labels, names=None, column="kind"):
+    """A table of grey images with labels, whose classes may have names."""
+    import datasets
+    kind = datasets.ClassLabel(names=names) if names else datasets.Value("string" if isinstance(labels[0], str) else "int64")
+    pixels = [Image.fromarray(one) for one in noise(len(labels), 8, 8)]
+    features = datasets.Features({"picture": datasets.Image(), column: kind})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict({"picture": pixels, column: labels}, features=features).to_parquet(path)
+
+
+def test_files_that_number_classes_differently_are_refused(tmp_path, prepared):
+    write_labels(tmp_path / "set" / "train.parquet", [0, 1] * 10, ["cat", "dog"])
+    write_labels(tmp_path / "set" / "test.parquet", [0, 1] * 10, ["dog", "cat"])
+    message = refusal(images, tmp_path / "set")
+    assert "train.parquet and test.parquet number the classes of 'kind' differently" in message
+
+
+def test_a_split_without_the_column_of_labels_is_not_held_out(tmp_path, prepared, capsys):
+    write_labels(tmp_path / "set" / "train.parquet", [0, 1] * 10, ["cat", "dog"])
+    write_labels(tmp_path / "set" / "test.parquet", [0] * 5, column="number")
+    assert counts(tmp_path / "set") == (18, 2)
+    assert "'test' has no labels" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("labels, says", [
+    (["a", "b"], "--label-column must hold class numbers"), ([-1, -1], "there are no labels"),
+    ([0, 2, 0, 2], "class 1 (1) has no image to train on, and 0 held out"),
+    ([0, 0, 1], "class 1 (1) has no image to train on, and 1 held out")])
+def test_labels_that_do_not_fit_are_told(labels, says, tmp_path, prepared):
+    write_labels(tmp_path / "a.parquet", labels)
+    assert says in refusal(images, tmp_path / "a.parquet", label_column="kind")
+
+
+def test_what_datasets_says_in_a_table_may_be_damaged(tmp_path, prepared):
+    import pyarrow
+    import pyarrow.parquet
+    table = pyarrow.table({"text": ["one"]}).replace_schema_metadata({"huggingface": "{no json"})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert "a.parquet cannot be read" in refusal(images, tmp_path / "a.parquet")
+
+
 def test_images_in_hub_form_keep_their_labels_and_splits(tmp_path, prepared):
     source = tmp_path / "hub"
     train = write_image_table(source / "data" / "train-00000-of-00001.parquet", 7, seed=1)
@@ -4544,6 +4842,18 @@ def test_datasets_of_the_hub_have_splits_and_configurations(prepared, monkeypatc
     train, val = stored_text("someone/texts", config="de")
     assert asked == [("someone/texts", "de")]
     assert train.count("document") == 3 and val.count("document") == 2
+
+
+class FailingDataset(FakeDataset):
+    def __iter__(self):
+        yield {"text": "document 0"}
+        raise ValueError("a row of another form")
+
+
+def test_the_network_is_asked_for_only_where_it_failed(prepared, monkeypatch):
+    pretend_hub(monkeypatch, ["default"], {"train": FailingDataset(2)})
+    message = refusal(text, "someone/texts")
+    assert "row 1 cannot be read (ValueError: a row of another form)" in message
 
 
 # ---- Data: text and its tokens ----------------------------------------------------------------------------
@@ -4754,6 +5064,71 @@ def test_a_class_without_an_image_to_train_on_is_refused(tmp_path, prepared):
     source = write_classes(tmp_path / "set", "a", "b", n=3)
     write_classes(source, "lonely", n=1)
     assert "(lonely)" in refusal(images, source)
+
+
+def test_a_path_in_a_table_that_is_no_file_is_no_image(tmp_path, prepared):
+    write_image_table(tmp_path / "a.parquet", 1)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), str(tmp_path / "nowhere.png")):
+        with pytest.raises(UserError, match="holds no image"):
+            images.file_of({"bytes": None, "path": path}, "row 0", "picture")
+
+
+def test_images_of_sixteen_bits_are_refused(tmp_path, prepared):
+    source = write_classes(tmp_path / "set", "a", "b", n=3)
+    rows = b"".join(b"\0" + bytes(6 * 8) for _ in range(8))  # 8 pixels of 3 channels of 2 bytes
+
+    def chunk(name, content):
+        return len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")
+    header = (8).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])  # 16 bits, in colour
+    whole = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (source / "b" / "1.png").write_bytes(whole)
+    assert "b/1.png: images must have 8 bits a channel, but this one has 16" in refusal(images, source)
+
+
+def test_bytes_that_are_no_image_are_told_without_python(tmp_path, prepared):
+    source = write_classes(tmp_path / "set", "a", "b", n=3)
+    (source / "b" / "1.png").write_bytes(b"no image")
+    message = refusal(images, source)
+    assert "b/1.png cannot be read as an image: its bytes are those of no known kind" in message
+
+
+@pytest.mark.parametrize("latents, says", [
+    (np.ones((23, 2, 3, 3), complex), "not real numbers"), (np.full((23, 2, 3, 3), 1e300), "not finite as float32")])
+def test_latents_that_float32_cannot_hold_are_refused(latents, says, tmp_path, prepared):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert says in refusal(images, write_latents(tmp_path / "a", latents=latents))
+
+
+@pytest.mark.parametrize("name, says", [("x.png", "left out: 1 .png"), ("x.csv", "left out: 1 .csv")])
+def test_a_single_file_that_holds_no_images_is_told_by_its_suffix(name, says, tmp_path, prepared):
+    assert says in refusal(images, write_files(tmp_path, {name: "some text"}) / name)
+
+
+def test_classes_without_names_are_said_to_be_shown_by_number(tmp_path, prepared, capsys):
+    assert load(images, tmp_path / "typo.npz").class_names(2) == ["0", "1"]
+    assert "typo.npz: there is no such file" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_told_when_images_are_written(tmp_path, prepared, monkeypatch):
+    def full(file, rows):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(images.ArrayFile, "write", full)
+    assert "No space left on device" in refusal(images, write_classes(tmp_path / "set", "a", "b"))
+
+
+@pytest.mark.parametrize("name, replaced, says", [
+    ("noiseless", "    noise: ", "Config needs a field noise"), ("alone", "def control(", "Config needs control()")])
+def test_what_a_config_lacks_is_told_before_data_are_prepared(name, replaced, says, tmp_path, prepared, monkeypatch):
+    code = (HERE / "results/mlp.py").read_text()
+    assert replaced in code
+    (tmp_path / f"{name}.py").write_text(code.replace(replaced, replaced.replace("noise", "other").replace("control", "c")))
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as caught:
+        train.main([f"--model={name}", "--control", f"--out={tmp_path}"])
+    assert says in str(caught.value) and list(data.DATA_DIR.iterdir()) == []
 
 
 # ---- Data: progress ---------------------------------------------------------------------------------------
