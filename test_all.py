@@ -4668,11 +4668,12 @@ def write_declared(folder, configs):
      "of a.jsonl\nof b.jsonl", "of en/a.jsonl\nof en/b.jsonl"),
     ("- data_files: {train: '**/c.jsonl', test: './b.jsonl'}", "of en/more/c.jsonl", "of b.jsonl"),
     ("- data_dir: en\n  data_files: {train: '**', test: ../b.jsonl}", "refused", "no file in hub form matches"),
-    ("- data_dir: en\n  data_files: {train: more/**, test: b.jsonl}", "of en/more/c.jsonl", "of en/b.jsonl"),
+    ("- data_dir: ./en/\n  data_files: {train: more/**, test: ./b.jsonl}", "of en/more/c.jsonl", "of en/b.jsonl"),
     ("- {config_name: x, data_dir: de}\n- {config_name: y, data_files: {train: a.jsonl, test: b.jsonl}, default: true}",
      "of a.jsonl", "of b.jsonl"),
     ("- {config_name: x, data_dir: de}\n- {config_name: default, data_files: {train: a.jsonl, test: b.jsonl}}",
      "of a.jsonl", "of b.jsonl"),
+    ("- data_dir: .\n  data_files: {train: a.jsonl, test: b.jsonl}", "of a.jsonl", "of b.jsonl"),
     ("- data_files: {train: '*.jsonl', test: 'b.jsonl'}", "refused", "'b.jsonl' for the split 'train' and for 'test'"),
     ("- data_files: {train: a.jsonl, test: 'z*'}", "refused", "'z*', but no file in hub form matches"),
     ("- data_files: https://a.org/b.jsonl", "refused", "not read from here"),
@@ -4798,7 +4799,7 @@ def test_columns_of_images_are_found_or_asked_for(tmp_path, prepared):
     assert "has no column 'image' (--image-column); it has picture, kind" in refusal(
         images, tmp_path / "a.parquet", image_column="image")
     write_table(tmp_path / "b.parquet", ["no image"] * 5)
-    assert "choose one of 'text' with --image-column" in refusal(images, tmp_path / "b.parquet")
+    assert "choose --image-column of text" in refusal(images, tmp_path / "b.parquet")
 
 
 class FakeDataset:

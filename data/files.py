@@ -14,7 +14,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from data import UserError, user_error
 
@@ -46,10 +46,13 @@ class Listing:
     root: Path
     files: list                                       # names relative to root, with /; "" is root itself, a file
     left_out: Counter = field(default_factory=Counter)  # {reason: how many}
-    folders: list = field(default_factory=list)       # names of all folders, relative to root
+    folders: list = field(default_factory=list)       # names of the folders in it, relative to root
 
     def path(self, name):
         return self.root / name if name else self.root
+
+    def form(self, name):
+        return form(name or self.root.name)
 
     def keep(self, names, reason):
         """This listing with some of its files; the others are counted as left out."""
@@ -97,8 +100,8 @@ def in_order(name):
 
 def listing(root):
     """All files of a folder (or a file alone). Names that begin with a dot are skipped; links are followed, and
-    what is reached twice counts once: for training rather than for another split, and where it lies rather than
-    where a link leads to it."""
+    what is reached twice counts once: where it lies rather than where a link leads to it, and for training rather
+    than for another split."""
     root = Path(root)
     if root.is_file():
         return Listing(root, [""])
@@ -130,10 +133,13 @@ def listing(root):
                 left_out[kind] += 1
     used = []
     for names in files.values():
-        used.append(min(names, key=lambda name: ((root / name).is_symlink(), preference(name))))
+        names.sort(key=preference)
+        names.sort(key=lambda name: (root / name).is_symlink())
+        used.append(names[0])
         if len(names) > 1:
             left_out["links to a file that is used already"] += len(names) - 1
-    return Listing(root, sorted(used, key=in_order), left_out, sorted(folders.values(), key=in_order))
+    below = [folder for folder in folders.values() if folder != ""]
+    return Listing(root, sorted(used, key=in_order), left_out, sorted(below, key=in_order))
 
 
 def identity_of(path):
@@ -254,36 +260,52 @@ def class_folders(listing):
     A folder at the top is a class, whatever its name: FOLDER/CLASS/x.png. But if those with the names of splits hold
     folders, it is FOLDER/SPLIT/CLASS/x.png. Then every folder at the top is a split, also one called `unused`, if it
     has no other classes. Raises UserError where it could be both."""
-    classes_in = {}  # {folder at the top: names of the folders in it that lead to images}
-    is_flat = False  # whether there are images in a folder at the top itself
+    below = {}    # {folder at the top: names of the folders in it that lead to images}
+    flat = set()  # folders at the top that hold images themselves
     for name in listing.files:
-        folder, *below = name.split("/")
-        if below:
-            classes_in.setdefault(folder, set()).update(below[:-1][:1])
-            is_flat = is_flat or len(below) == 1
-    if not classes_in:
-        raise UserError(f"--data {listing.root}: there are images, but no class folders; {LAYOUT}")
-    named = [folder for folder in classes_in if split_word(folder)]
-    others = [folder for folder in classes_in if folder not in named]
-    classes = set().union(*(classes_in[folder] for folder in named))
-    if named and not others and not classes:
-        raise UserError(f"--data {listing.root}: {', '.join(named)} hold images, but no class folders; {LAYOUT}")
-    if len(others) == 1 and not named and not is_flat:
-        raise UserError(f"--data {listing.root}: all images are in folders of {others[0]!r}; did you mean --data "
-                        f"{listing.root / others[0]}?")
-    if not classes:
-        return {"train": [(name, name.split("/")[0]) for name in listing.files if "/" in name]}
-    strange = [folder for folder in others if not classes_in[folder] or classes_in[folder] - classes]
-    if strange:
-        raise UserError(f"--data {listing.root}: {named[0]!r}, with folders in it, looks like a split, but "
-                        f"{strange[0]!r} beside it does not; {LAYOUT}, and not in both")
+        folder, *rest = name.split("/")
+        if len(rest) == 1:
+            flat.add(folder)
+        if len(rest) >= 1:
+            below.setdefault(folder, set())
+        if len(rest) >= 2:
+            below[folder].add(rest[0])
+    named = [folder for folder in below if split_word(folder) != ""]
+    refuse_other_layouts(listing.root, below, flat, named)
+
+    classes = set()
+    for folder in named:
+        classes |= below[folder]
     splits = {}
+    if len(classes) == 0:
+        for name in listing.files:
+            folder, *rest = name.split("/")
+            if len(rest) >= 1:
+                splits.setdefault("train", []).append((name, folder))
+        return splits
+    for folder in below:
+        is_like_a_split = below[folder] != set() and below[folder] <= classes
+        if folder not in named and not is_like_a_split:
+            raise UserError(f"--data {listing.root}: {named[0]!r}, with folders in it, looks like a split, but "
+                            f"{folder!r} beside it does not; {LAYOUT}, and not in both")
     for name in listing.files:
-        folder, *below = name.split("/")
-        if len(below) >= 2:
+        folder, *rest = name.split("/")
+        if len(rest) >= 2:
             split = split_word(folder) or folder
-            splits.setdefault(split, []).append((name, f"{folder}/{below[0]}"))
+            splits.setdefault(split, []).append((name, f"{folder}/{rest[0]}"))
     return splits
+
+
+def refuse_other_layouts(root, below, flat, named):
+    """Raises UserError if there are no class folders, or if they are one level further down."""
+    if len(below) == 0:
+        raise UserError(f"--data {root}: there are images, but no class folders; {LAYOUT}")
+    folders = list(below)
+    if named == folders and flat == set(folders) and not any(below.values()):
+        raise UserError(f"--data {root}: {', '.join(named)} hold images, but no class folders; {LAYOUT}")
+    if len(folders) == 1 and len(flat) == 0 and len(named) == 0:
+        raise UserError(f"--data {root}: all images are in folders of {folders[0]!r}; did you mean --data "
+                        f"{root / folders[0]}?")
 
 
 def folders_without_images(listing, used):
@@ -291,8 +313,7 @@ def folders_without_images(listing, used):
     beside = {folder.rpartition("/")[0] for folder in used}
     found = []
     for folder in listing.folders:
-        is_beside = folder != "" and folder.rpartition("/")[0] in beside
-        if is_beside and folder not in used:
+        if folder.rpartition("/")[0] in beside and folder not in used:
             found.append(folder)
     return found
 
@@ -301,31 +322,37 @@ def folders_without_images(listing, used):
 
 def strings(value):
     """A string or a list of strings, as a list. Raises TypeError for anything else."""
-    found = [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
         raise TypeError(f"{value!r} is no text")
-    return found
+    for one in value:
+        if not isinstance(one, str):
+            raise TypeError(f"{one!r} is no text")
+    return value
 
 
 def patterns_of(data_files):
     """{split: patterns of names}, of what the hub documents as forms of data_files: a pattern, a list of them,
     {split: patterns}, and a list of {"split": split, "path": patterns}."""
-    if data_files is None:
-        return {}
-    if isinstance(data_files, dict):
-        return {split: strings(patterns) for split, patterns in data_files.items()}
-    if isinstance(data_files, str) or isinstance(data_files[0], str):
-        return {"train": strings(data_files)}
     found = {}
-    for one in data_files:
-        found.setdefault(one["split"], []).extend(strings(one["path"]))
+    if data_files is None:
+        return found
+    if isinstance(data_files, dict):
+        for split, patterns in data_files.items():
+            found[split] = strings(patterns)
+    elif isinstance(data_files, list) and isinstance(data_files[0], dict):
+        for one in data_files:
+            found.setdefault(one["split"], []).extend(strings(one["path"]))
+    else:
+        found["train"] = strings(data_files)
     return found
 
 
 @dataclass
 class Configuration:
     """What a README.md in hub form declares under one name."""
-    folder: str       # where its files are, relative to the README.md; "": beside it
+    folder: str       # where its files are, relative to the README.md
     patterns: dict    # {split: patterns of names}; {}: splits are told by names
     is_default: bool
 
@@ -336,7 +363,7 @@ def declared(listing):
         return {}
     text = listing.path("README.md").read_text(encoding="utf-8-sig", errors="replace")
     head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    if not head or not re.search("^configs:", head[1], re.MULTILINE):
+    if head is None or re.search("^configs:", head[1], re.MULTILINE) is None:
         return {}
     import yaml  # comes with datasets
     found = {}
@@ -349,7 +376,7 @@ def declared(listing):
             patterns = patterns_of(entry.get("data_files"))
             strings([folder, *patterns])
             is_default = entry.get("default") is True or name == "default"
-            found[name] = Configuration(folder.removeprefix("./").strip("/"), patterns, is_default)
+            found[name] = Configuration(folder, patterns, is_default)
     return found
 
 
@@ -374,28 +401,30 @@ def configuration(listing, wanted):
 
 def matches(parts, pattern):
     """Whether the parts of a path match those of a pattern. ** stands for any number of parts."""
-    if not pattern:
-        return not parts
+    if len(pattern) == 0:
+        return len(parts) == 0
     if pattern[0] == "**":
-        return any(matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
-    if not parts or not fnmatch.fnmatchcase(parts[0], pattern[0]):
+        for i in range(len(parts) + 1):
+            if matches(parts[i:], pattern[1:]):
+                return True
         return False
-    return matches(parts[1:], pattern[1:])
+    if len(parts) == 0:
+        return False
+    return fnmatch.fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])
 
 
-def matching(listing, pattern):
+def matching(listing, folder, pattern):
     """The names that a pattern of a README.md stands for: a file, all files of a folder, or with * and **."""
     if "://" in pattern:
         raise UserError(f"--data {listing.root}: README.md declares {pattern!r}, which is not read from here; "
                         f"download it")
-    path = pattern.removeprefix("./").strip("/")
-    is_plain = not set(path) & set("*?[")
-    found = []
-    for name in listing.files:
-        if is_plain and name.startswith(f"{path}/") or matches(name.split("/"), path.split("/")):
-            found.append(name)
-    if not found:
-        raise UserError(f"--data {listing.root}: README.md declares {pattern!r}, but no file in hub form matches it")
+    wanted = PurePosixPath(folder, pattern).parts
+    if set(pattern) & set("*?[") == set():
+        wanted += ("**",)  # it may be a folder
+    found = [name for name in listing.files if matches(name.split("/"), wanted)]
+    if len(found) == 0:
+        raise UserError(f"--data {listing.root}: README.md declares {'/'.join(wanted)!r}, but no file in hub form "
+                        f"matches it")
     return found
 
 
@@ -405,7 +434,7 @@ def declared_splits(listing, folder, patterns):
     for split, own in patterns.items():
         split = SPLITS.get(split.lower(), split)
         for pattern in own:
-            for name in matching(listing, f"{folder}/{pattern.removeprefix('./')}".lstrip("/")):
+            for name in matching(listing, folder, pattern):
                 if split_by_file.setdefault(name, split) != split:
                     raise UserError(f"--data {listing.root}: README.md declares {name!r} for the split "
                                     f"{split_by_file[name]!r} and for {split!r}")
@@ -419,40 +448,44 @@ def declared_splits(listing, folder, patterns):
 def table_splits(listing, config=""):
     """(listing of the tables used, {split: names}), by what README.md declares or else by names."""
     chosen = configuration(listing, config)
-    tables = listing.keep([name for name in listing.files if form(name or listing.root.name)], other_kind)
-    if chosen is None:
-        refuse_several_forms(tables)
-        return tables, splits_by_name(tables)
-    if chosen.patterns:
+    tables = listing.keep([name for name in listing.files if listing.form(name)], other_kind)
+    splits = None
+    if chosen is not None and chosen.patterns == {}:
+        inside = matching(tables, chosen.folder, "")
+        tables = tables.keep(inside, lambda name: "of another configuration")
+    elif chosen is not None:
         splits = declared_splits(tables, chosen.folder, chosen.patterns)
-    else:
-        inside = matching(tables, chosen.folder) if chosen.folder else tables.files
-        splits = splits_by_name(replace(tables, files=inside))
-    used = [name for names in splits.values() for name in names]
-    tables = tables.keep(used, lambda name: "of another configuration")
+        tables = tables.keep(sum(splits.values(), []), lambda name: "of another configuration")
     refuse_several_forms(tables)
-    return tables, splits
+    return tables, splits or splits_by_name(tables)
 
 
 def refuse_several_forms(tables):
     first = {}  # {form: a file that has it}
     for name in tables.files:
-        first.setdefault(form(name or tables.root.name), name)
+        first.setdefault(tables.form(name), name)
     if len(first) > 1:
         raise UserError(f"--data {tables.root}: there are files of several forms, such as "
                         f"{' and '.join(first.values())}; name one file, or a folder with one form")
 
 
+def split_called(splits, name):
+    """The split that is called so, or usually: `val` means `validation`. "" if there is none."""
+    for called in (name, SPLITS.get(name.lower())):
+        if called in splits:
+            return called
+    return ""
+
+
 def choose(splits, source, split, held_out):
     """(training split, held-out split or "") of a source's splits, as typed or by their names."""
     names = ", ".join(repr(name) for name in splits)
-    wanted = SPLITS.get(split.lower(), split)
-    train = split if split in splits else wanted
-    if train not in splits:
+    train = split_called(splits, split)
+    if train == "":
         raise UserError(f"--data {source} has no --split {split!r}; choose one of {names}")
     if held_out:
-        chosen = held_out if held_out in splits else SPLITS.get(held_out.lower(), held_out)
-        if chosen not in splits or chosen == train:
+        chosen = split_called(splits, held_out)
+        if chosen in ("", train):
             raise UserError(f"--data {source}: --held-out {held_out!r} must be another split than {train!r}, of "
                             f"{names}")
         return train, chosen

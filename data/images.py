@@ -185,9 +185,11 @@ def folders_source(settings, name, files):
     pairs = splits[train] + splits.get(val, [])
     class_of = {folder: folder.rpartition("/")[2] for _, folder in pairs}
     classes = sorted(set(class_of.values()), key=natural)
-    inside = [file for own in splits.values() for file, _ in own]
+    used = {"train": [file for file, _ in splits[train]],
+            "val": [file for file, _ in splits.get(val, [])]}
+    inside = [file for file, _ in sum(splits.values(), [])]
     files = files.keep(inside, lambda file: "outside class folders")
-    files = files.keep([file for file, _ in pairs], lambda file: "of other splits")
+    files = files.keep(used["train"] + used["val"], lambda file: "of other splits")
     empty = folders_without_images(files, class_of)
     if empty:
         files.left_out[f"without images: {', '.join(empty)}"] = len(empty)
@@ -201,14 +203,12 @@ def folders_source(settings, name, files):
 
     def read():
         return Examples(len(pairs), len(splits[train]), rows, classes)
-    used = f"{files.describe()} in {len(classes):,} class folders"
+    shown = f"{files.describe()} in {len(classes):,} class folders"
     n_deeper = sum(file.rpartition("/")[0] != folder for file, folder in pairs)
     if n_deeper > 0:
-        used += f", {n_deeper:,} of them in folders below these"
-    stamps = files.stamps({"train": [file for file, _ in splits[train]],
-                           "val": [file for file, _ in splits.get(val, [])]})
+        shown += f", {n_deeper:,} of them in folders below these"
     choice = {"split": settings.split, "held_out": settings.held_out}
-    return Source(name, choice, stamps, used, read)
+    return Source(name, choice, files.stamps(used), shown, read)
 
 
 def table_choice(settings):
@@ -234,16 +234,21 @@ def columns_of(settings, features):
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
     classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     classes.sort(key=lambda name: -features[name].num_classes)  # the finest first: CIFAR-100 has superclasses, too
-    chosen = []
-    for typed, found, flag, kind in ((settings.image_column, images, "--image-column", "images"),
-                                     (settings.label_column, classes, "--label-column", "class labels")):
-        if typed and typed not in features:
-            raise UserError(f"--data {settings.data} has no column {typed!r} ({flag}); it has {', '.join(features)}")
-        if not typed and not found:
-            raise UserError(f"--data {settings.data} has no column whose type is that of {kind}; choose one of "
-                            f"{', '.join(map(repr, features))} with {flag}")
-        chosen.append(typed or found[0])
-    return chosen
+    image = one_column(settings.data, features, settings.image_column, images, "--image-column")
+    label = one_column(settings.data, features, settings.label_column, classes, "--label-column")
+    return image, label
+
+
+def one_column(source, features, typed, found, flag):
+    """The column that was typed, or the first of those found by their type. Raises UserError."""
+    if typed in features:
+        return typed
+    names = ", ".join(features)
+    if typed:
+        raise UserError(f"--data {source} has no column {typed!r} ({flag}); it has {names}")
+    if found == []:
+        raise UserError(f"--data {source}: the type of no column says that it is the one; choose {flag} of {names}")
+    return found[0]
 
 
 def read_tables(settings, tables):
@@ -251,11 +256,15 @@ def read_tables(settings, tables):
     train, val = choose(tables, settings.data, settings.split, settings.held_out)
     _, features = next(tables[train].features())
     image, label = columns_of(settings, features)
-    while val and not settings.held_out and not has_labels(tables[val], label):
-        print(f"note: split {val!r} has no labels, so it is not held out", flush=True)
-        tables = {split: table for split, table in tables.items() if split != val}
-        train, val = choose(tables, settings.data, settings.split, "")
-    used = [tables[train]] + ([tables[val]] if val else [])
+    if settings.held_out == "":
+        tables = dict(tables)
+        while val and not has_labels(tables[val], label):
+            print(f"note: split {val!r} has no labels, so it is not held out", flush=True)
+            del tables[val]
+            train, val = choose(tables, settings.data, settings.split, "")
+    used = [tables[train]]
+    if val:
+        used.append(tables[val])
     names = names_of_classes(used, label)
     sizes = [len(labels_of(table, label)) for table in used]
 
@@ -464,7 +473,7 @@ class Data:
         """Names of n classes; where the data are not there, or are others, their numbers."""
         try:
             if len(self.names) == n:
-                return self.names
+                return [one_line(name) for name in self.names]
         except UserError as e:
             print(f"note: classes are shown without their names: {e}", flush=True)
         return [str(c) for c in range(n)]

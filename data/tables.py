@@ -15,7 +15,7 @@ def refuse_missing(column, columns, where):
     """Raises UserError if the column that --column names is not there."""
     if column not in columns:
         raise UserError(f"{where} has no column {column!r}; it has {', '.join(map(str, columns))}; choose one with "
-                        f"--column")
+                        f"--column (of images: --label-column)")
 
 
 class LocalTable:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data import Progress, UserError, local_path, one_line, prepared, refuse_without_effect, user_error
-from data.files import (BINARY_SUFFIXES, PACKED, Listing, choose, form, listing, other_kind, splits_by_name, suffix,
+from data.files import (BINARY_SUFFIXES, PACKED, Listing, choose, listing, other_kind, splits_by_name, suffix,
                         table_splits)
 from data.tables import LocalTable, hub_tables, open_packed, refuse_missing
 from diffusion_blocks import to_device
@@ -370,8 +370,8 @@ def find_source(settings):
         return hub_source(settings)
     found = listing(path)
     name = path.resolve().name
-    tables = [file for file in found.files if form(file or path.name)]
-    texts = [file for file in found.files if file not in tables and is_text(file)]
+    tables = [file for file in found.files if found.form(file)]
+    texts = [file for file in found.files if is_text(file) and found.form(file) == ""]
     if tables and texts:
         raise UserError(f"--data {path}: there are text files, such as {texts[0]}, and tables, such as {tables[0]}; "
                         f"name one of them, or a folder with one kind")
