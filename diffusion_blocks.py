@@ -122,9 +122,8 @@ class LogNormal(Noise):
         self.refuse_tail(self.sigma_min, self.sigma_max)
         self.boundaries = [self.sigma_min, *self.inner_boundaries(), self.sigma_max]
         rising = all(a < b for a, b in zip(self.boundaries, self.boundaries[1:]))
-        if len(self.boundaries) != self.n_blocks + 1 or not rising:
-            raise ValueError(f"edges {self.edges}: need probability, uniform or {self.n_blocks - 1} rising ends: "
-                             f"0.1,0.7")
+        require(len(self.boundaries) == self.n_blocks + 1 and rising,
+                f"edges must be probability, uniform or {self.n_blocks - 1} rising ends: 0.1,0.7", self.edges)
         for lo, hi in zip(self.boundaries, self.boundaries[1:]):
             self.refuse_tail(lo, hi)
 
@@ -143,11 +142,9 @@ class LogNormal(Noise):
 
     def refuse_tail(self, lo, hi):
         """Raises ValueError if [lo, hi] is so far in the normal distribution's tail that float64 has 0 there."""
-        x_lo = (math.log(lo) - self.p_mean) / self.p_std
-        x_hi = (math.log(hi) - self.p_mean) / self.p_std
-        if x_lo > 37 or x_hi < -37:
-            raise ValueError(f"no level is ever drawn between sigma {lo:.3g} and {hi:.3g}: they are more than 37 p_std "
-                             f"away from p_mean {self.p_mean}; choose other values")
+        x_lo, x_hi = ((math.log(sigma) - self.p_mean) / self.p_std for sigma in (lo, hi))
+        require(x_lo <= 37 and x_hi >= -37, f"sigma {lo:.3g} to {hi:.3g} is more than 37 p_std away from p_mean, so "
+                f"no level is ever drawn there; choose other values", f"p_mean {self.p_mean}, p_std {self.p_std}")
 
     def icdf(self, q, lo=None, hi=None):
         """The sigma, float64, below which a part q of the draws in [lo, hi] (all) lies. q: numbers, or a float64
@@ -211,9 +208,8 @@ class LogNormal(Noise):
         """(sigma, density), float64, at parts u (n,) of a block's interval: the mean of density * E|y - D|^2
         over u is the integral of sigma^-3 E|y - D|^2 d sigma.
 
-        ln sigma is drawn with the density p: the mean of a uniform one and of EDM's. So the integral over ln
-        sigma of sigma^-2 E|y - D|^2 is the mean of sigma^-2 / p(ln sigma) * E|y - D|^2, which is what the
-        returned density is. Both halves together have less than half of the variance of either."""
+        ln sigma is drawn from p, the mean of a uniform density and of EDM's: less variance than with either. The
+        integral over ln sigma of sigma^-2 E|y - D|^2 is the mean of sigma^-2 / p(ln sigma) * E|y - D|^2."""
         edm = LogNormal()
         lo, hi = self.interval(block)
         uniform = lo * (2 * u * math.log(hi / lo)).exp()        # u below 1/2: equal steps of ln sigma
@@ -247,11 +243,9 @@ class Masking(Noise):
         require(self.n_blocks >= 1, "n_blocks must be at least 1", self.n_blocks)
         require(self.gamma >= 0, "gamma must be at least 0", self.gamma)
         require(0 < self.eps < 0.5, "eps must be above 0 and below 0.5", self.eps)
-        require(0 <= self.t_min < self.t_max <= 1, "need 0 <= t_min < t_max <= 1",
-                f"t_min {self.t_min}, t_max {self.t_max}")
-        n = self.n_blocks
-        inner = [self.training_time(1 - (n - i) / n) for i in range(1, n)]
-        self.boundaries = [0.0, *inner, 1.0]
+        times, n = (self.t_min, self.t_max), self.n_blocks
+        require(0 <= self.t_min < self.t_max <= 1, "need 0 <= t_min < t_max <= 1", times)
+        self.boundaries = [0.0, *(self.training_time(1 - (n - i) / n) for i in range(1, n)), 1.0]
 
     def mask_probability(self, t):
         """1 - alpha(t), of t's shape."""
@@ -264,16 +258,14 @@ class Masking(Noise):
 
     def training_time(self, part):
         """The time at which a part of alpha's way between t_min and t_max is done."""
-        ways = self.t_min, self.t_max
+        lo, hi = self.t_min, self.t_max
         if self.schedule == "cosine":
-            ways = math.sin(math.pi / 2 * self.t_min), math.sin(math.pi / 2 * self.t_max)
-        return self._inverse(ways[0] + (ways[1] - ways[0]) * part)
+            lo, hi = math.sin(math.pi / 2 * lo), math.sin(math.pi / 2 * hi)
+        return self._inverse(lo + (hi - lo) * part)
 
     def _inverse(self, part):
         """The time at which a part of alpha's way from 1 - eps to eps is done."""
-        if self.schedule == "linear":
-            return part
-        return 2 / math.pi * math.asin(part)
+        return part if self.schedule == "linear" else 2 / math.pi * math.asin(part)
 
     def widened(self, block):
         """(lo, hi) that a block is trained on: its step of the training's times and an overlap on either side."""
