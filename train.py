@@ -666,12 +666,17 @@ def differences(old, new, ignore=()):
     return [f"{name} ({old.get(name)} -> {new.get(name)})" for name in names if old.get(name) != new.get(name)]
 
 
+LEVELS_OF_TRAINING = ("gamma", "t_min", "t_max")  # fields of a noise that matter in training, and to blocks
+
+
 def trained(module, model, part, out, device, like=None):
     """A trained network, ready to be scored, and its checkpoint, which has to fit the checkpoint `like`."""
     path = checkpoint_path(out, model, part)
     state = load(path, model)
     if like is not None:
-        wrong = differences(like["config"], state["config"]) + other_data(like["data"], state["data"])
+        # a baseline may be trained on the levels that are best for it, and is scored on all
+        ignore = () if part.startswith("block_") else LEVELS_OF_TRAINING
+        wrong = differences(like["config"], state["config"], ignore) + other_data(like["data"], state["data"])
         if wrong:
             raise UserError(f"{path} was trained with other settings than {like['part']}: {', '.join(wrong)}")
     net = build(module, replaced(module.Config(), state["config"]), part)
