@@ -921,6 +921,38 @@ def test_the_control_and_the_baseline_are_trained_on_all_levels(module):
         assert replace(net.noise, n_blocks=4) == config.noise
 
 
+@pytest.mark.parametrize("module, wrong", [
+    (gpt, dict(n_head=0)), (gpt, dict(n_embd=34)), (gpt, dict(n_embd=0)),
+    (gpt, dict(n_cond=7)), (gpt, dict(seq_len=1)), (gpt, dict(readout="softmax")),
+    (vit, dict(n_head=0)), (vit, dict(n_embd=33)), (vit, dict(n_mlp=0)),
+    (vit, dict(n_cond=0)), (vit, dict(patch_size=3)), (vit, dict(patch_size=0)),
+    (vit, dict(dropout=1.0)), (vit, dict(readout="")),
+    (dit, dict(n_embd=34)), (dit, dict(n_cond=7)), (dit, dict(patch_size=3)),
+    (dit, dict(dropout=-.1)), (dit, dict(label_drop=1.1)),
+    (mdm, dict(n_head=0)), (mdm, dict(n_embd=34)), (mdm, dict(n_cond=7)), (mdm, dict(seq_len=1)),
+    (recurrent, dict(n_core=0)), (recurrent, dict(mean_passes=0)), (recurrent, dict(grad_passes=0)),
+    (recurrent, dict(n_embd=34)), (recurrent, dict(seq_len=1)), (recurrent, dict(readout="none")),
+])
+def test_a_config_that_cannot_be_built_is_refused_by_the_name_of_its_setting(module, wrong):
+    name, = wrong
+    with pytest.raises(data.UserError, match=name):
+        tiny(module, **wrong)
+
+
+@pytest.mark.parametrize("module, wrong", [
+    (gpt, dict(prompt=("",))), (gpt, dict(n_tokens=-1)),
+    (gpt, dict(temperature=-1.0)), (gpt, dict(sampler="euler")),
+    (vit, dict(n_images=0)), (vit, dict(temperature=-1.0)), (vit, dict(sampler="ensemble")),
+    (dit, dict(n_images=0)), (dit, dict(euler_steps=1)), (dit, dict(guidance=math.nan)),
+    (mdm, dict(n_moves=0)), (mdm, dict(temperature=-1.0)), (mdm, dict(grid="linear")),
+    (recurrent, dict(prompt=("a", ""))), (recurrent, dict(n_passes=0)), (recurrent, dict(temperature=-1.0)),
+])
+def test_sampling_that_cannot_be_is_refused_by_the_name_of_its_setting(module, wrong):
+    name, = wrong
+    with pytest.raises(ValueError, match=name):
+        module.Sampling(**wrong)
+
+
 def without_noise(self, y, sigma):
     return y
 
