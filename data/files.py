@@ -12,6 +12,7 @@ separators (`train/a.txt`, `wiki.test.csv`, `my_validation-2.jsonl`), or if it i
 import fnmatch
 import os
 import re
+import stat
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -115,60 +116,57 @@ def listing(root):
             links.sort(key=preference)
             waiting.append(links.pop(0))
         folder = waiting.pop()
-        identity, names = read_folder(root, folder)
+        try:
+            names = os.listdir(root / folder)
+            _, identity = kind_of(root / folder)
+        except OSError as e:
+            raise UserError(f"--data {root}: {e.filename} cannot be read ({e.strerror})") from None
         if identity in folders:
             left_out["links to a folder that is used already"] += 1
             continue
         folders[identity] = folder
         for name in names:
+            if name.startswith("."):
+                left_out["names that begin with a dot"] += 1
+                continue
             name = f"{folder}/{name}".lstrip("/")
-            kind = kind_of(root / name)
+            kind, identity = kind_of(root / name)
             if kind == "folder":
                 waiting.append(name)
             elif kind == "link to a folder":
                 links.append(name)
             elif kind == "file":
-                files.setdefault(identity_of(root / name), []).append(name)
+                files.setdefault(identity, []).append(name)
             else:
                 left_out[kind] += 1
-    used = []
-    for names in files.values():
-        names.sort(key=preference)
-        names.sort(key=lambda name: (root / name).is_symlink())
-        used.append(names[0])
-        if len(names) > 1:
-            left_out["links to a file that is used already"] += len(names) - 1
+    used = [used_name(root, names) for names in files.values()]
+    n_again = sum(map(len, files.values())) - len(used)
+    if n_again > 0:
+        left_out["links to a file that is used already"] = n_again
     below = [folder for folder in folders.values() if folder != ""]
     return Listing(root, sorted(used, key=in_order), left_out, sorted(below, key=in_order))
 
 
-def identity_of(path):
-    """The same for two names of a file or folder."""
-    status = path.stat()
-    return status.st_dev, status.st_ino
-
-
-def read_folder(root, name):
-    """(identity, names in it) of a folder."""
-    try:
-        return identity_of(root / name), os.listdir(root / name)
-    except OSError as e:
-        raise UserError(f"--data {root}: {e.filename} cannot be read ({e.strerror})") from None
-
-
 def kind_of(path):
-    """folder, link to a folder, file, or why it is left out."""
-    if path.name.startswith("."):
-        return "names that begin with a dot"
-    if os.path.isdir(path):
-        return "link to a folder" if path.is_symlink() else "folder"
-    if os.path.isfile(path):
-        return "file"
-    if os.path.exists(path):
-        return "that are pipes, sockets or devices"
-    if path.is_symlink():
-        return "links that lead nowhere"
-    return "that cannot be read"
+    """(folder, link to a folder, file, or why it is left out; what is the same for two names of the same thing)."""
+    try:
+        status = path.stat()
+    except OSError:
+        return "links that lead nowhere" if path.is_symlink() else "that cannot be read", None
+    identity = (status.st_dev, status.st_ino)
+    if stat.S_ISREG(status.st_mode):
+        return "file", identity
+    if not stat.S_ISDIR(status.st_mode):
+        return "that are pipes, sockets or devices", identity
+    return "link to a folder" if path.is_symlink() else "folder", identity
+
+
+def used_name(root, names):
+    """The one of a file's names that is used."""
+    if len(names) > 1:
+        names.sort(key=preference)
+        names.sort(key=lambda name: (root / name).is_symlink())
+    return names[0]
 
 
 def preference(name):
