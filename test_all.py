@@ -4326,8 +4326,8 @@ def test_images_in_deeper_folders_and_empty_class_folders_are_told(tmp_path, pre
     write_files(source, {"c/0.heic": b"of no kind that is read"})
     (source / "empty").mkdir()
     line = load(images, source).describe()
-    assert "8 of them in folders below these" in line
-    assert "1 .heic" in line and "2 without images: c, empty" in line
+    assert "8 of the files in folders below these" in line
+    assert "1 .heic" in line and "2 class folders without images: c, empty" in line
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.xz", "x.parquet.gz", "x.log.gz", "x.zip", "x.npz", "x.pdf", "x.PNG"])

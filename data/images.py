@@ -192,7 +192,9 @@ def folders_source(settings, name, files):
     files = files.keep(used["train"] + used["val"], lambda file: "of other splits")
     empty = folders_without_images(files, class_of)
     if empty:
-        files.left_out[f"without images: {', '.join(empty)}"] = len(empty)
+        shown = ", ".join(empty[:5])  # of a thousand, five are enough to see which
+        kind = "class folder" if len(empty) == 1 else "class folders"
+        files.left_out[f"{kind} without images: {shown}"] = len(empty)
 
     def rows():
         size = None
@@ -206,7 +208,7 @@ def folders_source(settings, name, files):
     shown = f"{files.describe()} in {len(classes):,} class folders"
     n_deeper = sum(file.rpartition("/")[0] != folder for file, folder in pairs)
     if n_deeper > 0:
-        shown += f", {n_deeper:,} of them in folders below these"
+        shown += f", {n_deeper:,} of the files in folders below these"
     choice = {"split": settings.split, "held_out": settings.held_out}
     return Source(name, choice, files.stamps(used), shown, read)
 
@@ -410,7 +412,7 @@ def refuse_labels(labels, held_out, names):
     if untrained:
         c = min(untrained)
         raise UserError(f"class {c} ({names[c]}) has no image to train on, and {(labels == c).sum()} held out; each "
-                        f"class from 0 to {len(names) - 1} needs one to train on")
+                        f"class needs one to train on")
 
 
 def taken(images, rows, path):
