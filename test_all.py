@@ -1828,7 +1828,7 @@ def truth_of(x):
 
 
 def give_prior(block, scale):
-    """Puts a prior in the place of a block's network: the truth is exp(scale) times as probable as another."""
+    """Puts a prior in the place of a network: the truth is exp(scale) times as probable as another label."""
 
     def logits(x, z, sigma, context=block.b):
         assert context == block.b                                          # each reads its own context
