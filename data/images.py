@@ -115,8 +115,7 @@ def read_digits():
 def read_latents(path):
     problem = (f"{path} must hold latents, finite (N, C, H, H) with C not 1 or 3, and labels, integers (N,), and may "
                f"hold val_latents and val_labels")
-    with user_error(problem):
-        file = np.load(path)
+    with user_error(problem), np.load(path) as file:
         parts = [("latents", "labels")]
         if "val_latents" in file:
             parts.append(("val_latents", "val_labels"))
@@ -129,7 +128,8 @@ def read_latents(path):
         size = None
         for (name, _), labels in zip(parts, all_labels):
             with user_error(problem):
-                images = file[name]  # one part in memory at a time
+                with np.load(path) as file:
+                    images = file[name]  # one part in memory at a time
                 n, channels, height, width = images.shape
                 if channels in (1, 3) or height != width or labels.shape != (n,):
                     raise ValueError(f"{name} {images.shape}, labels {labels.shape}")
