@@ -223,6 +223,8 @@ class Block(nn.Module):
         shift, scale = self.modulation(cond).chunk(2, dim=-1)                # (B, 1, C) each
         f = self.patch_out(self.norm(h) * (1 + scale) + shift)               # (B, T, K * P * P)
         f = unpatch(f, self.config.patch_size, z.shape[3])                   # (B, K, H, W)
+        # where there is little noise this is nearly z, where there is much what the network says; its output has the
+        # same size at every level, so that no level rules the gradients (EDM)
         return c_skip * z + c_out * f.float()
 
     def encode(self, images):

@@ -258,6 +258,7 @@ class Block(nn.Module):
         clean = torch.ones(n, start + n, dtype=torch.bool, device=x.device).tril(start)
         itself = torch.eye(n, dtype=torch.bool, device=x.device)
         mask = torch.cat([clean, itself], dim=1)                             # (T, start + 2T)
+        # a slot begins with its current token: it need not look it up. z enters small, as in vit.py
         h = self.embed(x) + self.config.z_rate * self.z_in(c_in[:, None, None] * z)      # (B, T, C)
         for layer, kv in zip(self.layers, context):
             h, _ = layer(h, start, kv, mask, cond)                           # (B, T, C)

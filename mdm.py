@@ -190,6 +190,7 @@ class Block(nn.Module):
 
     def masked_nats(self, z, t, y):
         """Cross-entropy (B,) of y (B, T), summed over the masked places of z (B, T)."""
+        # a token that is visible is known: guessing it again would teach copying
         return (cross_entropy(self.logits(z, t), y) * (z == self.mask_id)).sum(1)
 
     def forward(self, batch):

@@ -248,6 +248,7 @@ class Block(Recurrent):
         c_in, c_noise = self.noise.input_scales(sigma)
         cond, n = self.noise_embedding(c_noise), self.config.n_core          # (B, 1, n_cond)
         h = torch.cat([self.config.z_rate * c_in[:, None, None] * z, e], dim=-1)             # (B, T, 2C)
+        # the stream stays in float32: in bf16 the sum of many small changes would be lost
         h, core = run(self.core, self.adapter(h).float(), start, past and past[:n], cond)
         h, coda = run(self.coda, self.norm(h), start, past and past[n:], cond)
         return self.norm(h), core + coda                                     # (B, T, C), pairs of all layers

@@ -172,6 +172,7 @@ class PatchEmbedding(nn.Module):
 
     def forward(self, x):
         """x (B, K, H, W), pixels in [-1, 1] -> (B, T, C)."""
+        # initialisation counts on inputs of mean 0 and variance 1
         x = (x - self.config.data_mean) / self.config.data_std
         return self.linear(patches(x, self.config.patch_size)) + self.position
 
@@ -234,10 +235,13 @@ class Block(nn.Module):
         """Logits (B, V) of the label of images x (B, K, H, W) in [-1, 1], given z (B, C) and sigma (B,)."""
         c_in, c_noise = self.noise.input_scales(sigma)
         cond = self.noise_embedding(c_noise)                                 # (B, 1, n_cond)
+        # c_in gives z the same size at every level. z_rate keeps it small at first: Adam moves all weights at one pace,
+        # and a noisy z would be read before the image is
         token = self.token + self.config.z_rate * self.z_in(c_in[:, None] * z)[:, None]      # (B, 1, C)
         h = torch.cat([token, self.embed(x)], dim=1)                         # (B, 1 + T, C)
         for layer in self.layers:
             h = layer(h, cond)                                               # (B, 1 + T, C)
+        # only the label's token is read; the patches have told it what they know
         shift, scale = self.modulation(cond).chunk(2, dim=-1)                # (B, 1, C) each
         f = self.head(self.norm(h[:, :1]) * (1 + scale) + shift)[:, 0]       # (B, V), or (B, C) for edm
         if self.config.readout == "bayes":
