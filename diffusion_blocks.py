@@ -176,7 +176,7 @@ class LogNormal(Noise):
         tell the target, whatever blocks are trained on. 0: max(n_blocks + 1, 4) of them."""
         n = n or max(self.n_blocks + 1, 4)
         require(n >= 2, "a sampler needs at least 2 noise levels", n)
-        # i / n is correctly rounded, so that a level which is an end of a block has the same bits there
+        # i / (n - 1) is correctly rounded, so that a level which is an end of a block has the same bits there
         q = [i / (n - 1) for i in range(1, n - 1)]
         inner = LogNormal().icdf(q, self.sigma_min, self.sigma_max).tolist()
         return torch.tensor([self.sigma_max, *inner[::-1], self.sigma_min], dtype=torch.float64)
@@ -205,8 +205,8 @@ class LogNormal(Noise):
         return c_skip, c_out
 
     def bound_levels(self, block, u):
-        """(sigma, density), float64, at parts u (n,) of a block's interval: the mean of density * E|y - D|^2
-        over u is the integral of sigma^-3 E|y - D|^2 d sigma.
+        """(sigma, importance), float64, at parts u (n,) of a block's interval: the mean of importance *
+        E|y - D|^2 over u is the integral of sigma^-3 E|y - D|^2 d sigma.
 
         ln sigma is drawn from p, the mean of a uniform density and of EDM's: less variance than with either. The
         integral over ln sigma of sigma^-2 E|y - D|^2 is the mean of sigma^-2 / p(ln sigma) * E|y - D|^2."""
@@ -298,7 +298,7 @@ class Masking(Noise):
         return (1 - 2 * self.eps) * rate / self.mask_probability(t)
 
     def bound_levels(self, block, u):
-        """(t, density), float64, at parts u (n,) of a block's interval: the mean of density * cross-entropy
+        """(t, importance), float64, at parts u (n,) of a block's interval: the mean of importance * cross-entropy
         over u is the integral of weight(t) * cross-entropy dt."""
         lo, hi = self.interval(block)
         t = lo + u * (hi - lo)
@@ -314,7 +314,7 @@ def score_loss(error, level, noise):
     a squared error or nats, one number an example. Raises ValueError if the shapes differ."""
     if error.shape != level.shape:  # (B,) * (B, 1) would be (B, B), and the weight averaged away
         raise ValueError(f"score_loss needs one error for each level: errors have the shape {tuple(error.shape)}, "
-                         f"levels {tuple(level.shape)}")
+                         f"levels {tuple(level.shape)}; take a mean, such as error.mean(1)")
     return (noise.weight(level) * error).mean()
 
 
@@ -421,17 +421,17 @@ def average(logits, shape, table, noise, blocks):
 
 
 def bound_draws(noise, block, y, n=4):
-    """Yields n times (level, density), (B,) each, to estimate a block's share of the bound on -log p(y | x).
+    """Yields n times (level, importance), (B,) each, to estimate a block's share of the bound on -log p(y | x).
 
-    The share, in nats an example, is the mean over all draws of density * error, with error(z, level) (B,) at z =
+    The share, in nats an example, is the mean over all draws of importance * error, with error(z, level) (B,) at z =
     noise.corrupt(y, level): for Gaussian noise |y - D|^2, for masks the cross-entropy, both summed over all that an
     example is scored on. Stratified and unbiased. All shares and the ends add up to the bound of the
     continuous-time model, which an exact posterior attains (VDM, arXiv 2107.00630; MD4)."""
     size = len(y)
     for k in range(n):
         u = (k + (torch.randperm(size) + torch.rand(size, dtype=torch.float64)) / size) / n
-        level, density = noise.bound_levels(block, u)
-        yield level.float().to(y.device), density.float().to(y.device)
+        level, importance = noise.bound_levels(block, u)
+        yield level.float().to(y.device), importance.float().to(y.device)
 
 
 @dataclass
@@ -471,10 +471,10 @@ def score_labels(logits, target, table, noise, n=8):
     shares = []
     for b in range(n_blocks):
         total = 0.0
-        for sigma, density in bound_draws(noise, b, y, n):
+        for sigma, importance in bound_draws(noise, b, y, n):
             guess = logits(b, noise.corrupt(y, sigma), sigma).softmax(-1) @ table        # (B, ..., C)
             error = (y - guess).pow(2).flatten(1).sum(1)                                 # (B,)
-            total += (density * error).mean().item()
+            total += (importance * error).mean().item()
         shares.append(len(y) * (total / n))
 
     # the terms at the ends: E[-log p(y | z at sigma_min, x)], and the KL of z at sigma_max against N(0, sigma_max^2)

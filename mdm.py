@@ -269,9 +269,9 @@ def bound_share(net, windows, noise, b):
     """The share, in nats a token, of the bound that falls into block b's interval of t, for windows (N, T)."""
     total = 0.0
     for y in windows.split(windows_at_once(net.config.vocab_size, windows.shape[1], 64)):    # (B, T)
-        for t, density in bound_draws(noise, b, y, n=1):                     # (B,) each
+        for t, importance in bound_draws(noise, b, y, n=1):                  # (B,) each
             z = noise.corrupt(y, t, net.mask_id)                             # (B, T)
-            total += (density * net.masked_nats(z, t, y)).mean().item() * len(y)
+            total += (importance * net.masked_nats(z, t, y)).mean().item() * len(y)
     return total / windows.numel()
 
 
