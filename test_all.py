@@ -2944,6 +2944,27 @@ def test_resume_refuses_another_value_of_every_setting_that_decides_the_weights(
         assert "augment" in changed
 
 
+def test_resume_of_an_older_checkpoint_takes_what_it_does_not_know_as_usual(flags, tmp_path, monkeypatch):
+    [job] = jobs_of(monkeypatch, flags("gpt", "--block=0", f"--out={tmp_path}"))
+    learner = train.Learner(job)
+    state = learner.state()
+    del state["settings"]["held_out"]
+    del state["config"]["gate_start"]
+    train.save(job.path, state)
+
+    train.load_checkpoint(learner)  # both are as usual: it goes on
+    job.data.settings.held_out = "test"
+    with pytest.raises(UserError, match=r"held_out \( -> test\)"):
+        train.load_checkpoint(learner)
+
+
+def test_a_sample_function_that_returns_nothing_is_told(tmp_path, flags, monkeypatch):
+    train.main(flags("gpt", "--block=all", "--steps=1", f"--out={tmp_path}"))
+    monkeypatch.setattr(gpt, "sample", lambda nets, sampling, data: None)
+    with pytest.raises(UserError, match="sample has to return"):
+        train.main(["--model=gpt", "--sample", f"--out={tmp_path}", "--device=cpu", "--threads=1"])
+
+
 def test_resume_accepts_the_same_data_in_another_place_and_no_other_data(flags, tmp_path, monkeypatch):
     [job] = jobs_of(monkeypatch, flags("gpt", "--block=0", f"--out={tmp_path}"))
     learner = train.Learner(job)

@@ -643,8 +643,11 @@ def refuse_other_settings(learner, state):
     """Raises UserError if a checkpoint was not trained as this learner is to be."""
     job, new = learner.job, learner.settings()
     wrong = other_data(state["data"], new["data"])
-    for section in ("config", "training", "settings"):
-        wrong += differences(state[section], new[section], ignore=("data", "steps", "epochs", "compile"))
+    usual = {"config": flat(type(job.config)()), "training": flat(Training()),
+             "settings": flat(type(job.data.settings)())}
+    for section in usual:
+        old = {**usual[section], **state[section]}  # an older checkpoint does not know what was added since
+        wrong += differences(old, new[section], ignore=("data", "steps", "epochs", "compile"))
     steps, before = job.training.steps, state["training"]["steps"]
     if steps != before and job.training.final_lr != 1:
         wrong.append(f"steps ({before} -> {steps}), on which its learning rates depend (but with --final-lr 1)")
@@ -748,6 +751,8 @@ def sample(module, model, part, run, sampling, seed, data, device):
     torch.manual_seed(seed_of(seed, "sample"))
     with user_errors():
         result = module.sample(nets, sampling, data)
+    if result is None:
+        raise UserError(f"{model}.py: sample has to return a text, or {{name: picture or array}}; it returns nothing")
     if isinstance(result, str):
         print(result)
         return
