@@ -547,10 +547,3 @@ class Data:
         n = n_all if n is None else min(n, n_all)
         last = self.about["val"] - config.seq_len - 1
         return self.windows("val", np.linspace(0, last, n).astype(np.int64), config)
-
-    def unigram(self):
-        """(V,) log-probabilities of tokens in the training text, each counted once more than it occurs."""
-        counts = np.ones(self.about["vocab_size"])
-        for ids in np.array_split(self.arrays["train"], self.about["train"] // 2 ** 20 + 1):
-            counts += np.bincount(ids, minlength=len(counts))
-        return to_device(torch.from_numpy(np.log(counts / counts.sum())).float(), self.device)
