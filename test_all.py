@@ -536,6 +536,27 @@ def test_every_block_has_an_equal_step_of_alpha_and_an_overlap_with_each_neighbo
         assert steps == pytest.approx([overlap_below, step, overlap_above], abs=1e-9)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_blocks_own_all_times_also_those_that_they_are_not_trained_on(schedule):
+    masking = Masking(3, schedule=schedule, t_min=.2, t_max=.7, gamma=0)
+    trained = [masking.widened(b) for b in range(3)]
+    owned = [masking.interval(b) for b in range(3)]
+    assert trained[0][1] == pytest.approx(.7)
+    assert trained[2][0] == pytest.approx(.2)
+    for b in (0, 1):
+        assert trained[b][0] == pytest.approx(trained[b + 1][1])           # without overlap they meet
+        assert owned[b][0] == pytest.approx(trained[b][0])                 # inner ends are those of training
+    assert owned[0][1] == 1
+    assert owned[2][0] == 0
+
+    masked = masking.mask_probability(torch.tensor([.2, trained[1][0], trained[0][0], .7], dtype=torch.float64))
+    assert masked.diff().tolist() == pytest.approx([masked.diff().mean().item()] * 3)    # equal steps of alpha
+    t = masking.sample(0, 64)
+    assert trained[0][0] - 1e-6 <= t.min() and t.max() <= .7 + 1e-6
+    wide = replace(masking, gamma=5.0)
+    assert wide.widened(1) == pytest.approx((.2, .7))        # an overlap ends where training does
+
+
 @pytest.mark.parametrize("masking", MASKINGS)
 def test_times_of_a_batch_are_equally_far_apart(masking):
     for b in range(masking.n_blocks):
@@ -1525,7 +1546,7 @@ def test_a_mask_is_the_token_after_the_vocabulary_also_of_a_config_that_was_repl
         assert changed.unique().tolist() == [64]
 
 
-@pytest.fixture(params=["linear", "cosine"])
+@pytest.fixture(params=[{"schedule": "linear"}, {"schedule": "cosine"}, {"t_min": .3, "t_max": .6}], ids=str)
 def exact_pairs(request, monkeypatch):
     """Two dependent tokens of three, p (3, 3), and blocks that know the conditional probabilities."""
     p = (2 * torch.randn(9)).softmax(0).view(3, 3)
@@ -1537,7 +1558,7 @@ def exact_pairs(request, monkeypatch):
         of_second = torch.where(mask[:, :1], p.sum(0), p[first])           # (B, 3)
         return torch.stack([of_first, of_second], dim=1).log()
     monkeypatch.setattr(mdm.Block, "logits", logits)
-    nets = blocks_of(mdm, vocab_size=3, seq_len=2, schedule=request.param)
+    nets = blocks_of(mdm, vocab_size=3, seq_len=2, **request.param)
     return SimpleNamespace(p=p, nets=nets)
 
 
