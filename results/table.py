@@ -1,4 +1,4 @@
-"""Rebuild the tables of README.md and results/README.md from the logs: python results/table.py [--check]
+"""Rebuild the tables of README.md and of the pages in results/ from the logs: python results/table.py [--check]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. The function of that name in this file makes it: it
 reads logs beside this file, and returns lines of markdown. --check changes nothing, and fails if a page has another
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE / "README.md")
+PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE / "choices" / "README.md")
 
 
 # ---- Numbers from logs ------------------------------------------------------------------------------------
@@ -161,10 +161,7 @@ def main():
         main_row("dit", "CIFAR-10: denoising loss ↓", 4, dit_losses("end to end"), dit_losses("control"),
                  longer_scores("dit"), dit_losses("blocks")),
         main_row("dit", "CIFAR-10: Fréchet distance ↓", 0, dit_distances("end to end"),
-                 dit_distances("control"), (), dit_distances("blocks")),
-        main_row("recurrent", f"equal time (cannot judge the method): {text}", 3,
-                 text_scores("recurrent", "end to end"), text_scores("recurrent", "control"), (),
-                 text_scores("recurrent", "blocks, bound"), (), text_scores("recurrent", "block 0 alone"))])
+                 dit_distances("control"), (), dit_distances("blocks"))])
 
 
 def short_row(model, task, digits, end_to_end, control, longer, blocks):
@@ -187,6 +184,42 @@ def short():
                   dit_losses("control"), longer_scores("dit"), dit_losses("blocks")),
         short_row("dit", "`dit`, CIFAR-10: Fréchet distance ↓", 0, dit_distances("end to end"),
                   dit_distances("control"), (), dit_distances("blocks"))])
+
+
+# one pass through a block's layers, which a control costs too
+ONE_BLOCK = {"vit": "block alone", "gpt": "block alone", "mdm": "blocks", "dit": "blocks"}
+
+
+def best_cell(found, digits, highest=False):
+    """The name and the score of the best of {name: scores}."""
+    choose = max if highest else min
+    name = choose(found, key=lambda name: statistics.mean(found[name]))
+    return f"{name}, {cell(found[name], digits)}"
+
+
+def best_row(model, task, digits, end_to_end, control, longer, blocks, one_block, highest=False):
+    """one_block: scores of what costs a block's layers for each step of sampling, or for an answer."""
+    compute = {"end to end": end_to_end, "longer control": longer, "blocks": blocks}
+    sampling = {"control": control, "longer control": longer, ONE_BLOCK[model]: one_block}
+    memory = {"control": control, "longer control": longer, "blocks": blocks}
+    if float(peak_share(model, CHECKPOINTED)) <= float(peak_share(model, "one block")):
+        memory["end to end, checkpointed"] = end_to_end
+    return [task, *(best_cell(found, digits, highest) for found in (compute, sampling, memory))]
+
+
+def best():
+    """Which of end to end, control, longer control and blocks is best where what they cost is equal."""
+    return lines(["", "equal compute in training", "equal compute for an answer", "equal memory in training"], [
+        best_row("vit", "vit, CIFAR-100, % ↑", 1, vit_scores("end to end"), vit_scores("control"),
+                 longer_scores("vit"), vit_scores("blocks, averaged"), best_block("vit", "right, %"), highest=True),
+        best_row("vit", "vit, a tenth of CIFAR-100, % ↑", 1, tenth_scores("end to end"), tenth_scores("control"),
+                 tenth_scores(LONGER), tenth_scores("blocks, averaged"), tenth_scores("block 2 alone"), highest=True),
+        best_row("gpt", "gpt, bits ↓", 3, text_scores("gpt", "end to end"), text_scores("gpt", "control"),
+                 longer_scores("gpt"), text_scores("gpt", "blocks, averaged"), best_block("gpt", "bits")),
+        best_row("mdm", "mdm, bits ↓", 3, mdm_scores("end to end"), mdm_scores("control"), longer_scores("mdm"),
+                 mdm_scores("blocks"), mdm_scores("blocks")),
+        best_row("dit", "dit, loss ↓", 4, dit_losses("end to end"), dit_losses("control"), longer_scores("dit"),
+                 dit_losses("blocks"), dit_losses("blocks"))])
 
 
 def readout_row(name, accuracy, vit_bits, gpt_bits):
@@ -255,6 +288,22 @@ def dit():
                  rows)
 
 
+def cups_cells(log, row):
+    """Right answers with 1, 4 and 16 passes."""
+    return [cell(scores(f"choices/cups/{log}.json", "right answers", f"{row}, passes {n}", "all, %"), 1)
+            for n in (1, 4, 16)]
+
+
+def recurrent():
+    """recurrent on Python sources, and on the text on which passes should count."""
+    of_sources = {row: cell(text_scores("recurrent", row), 3) for row in ("end to end", "control", "block 0 alone")}
+    return lines(["", "Python sources, bits per byte", "cups, right answers with 1 pass, %", "4", "16"], [
+        ["end to end; cups: 4 passes in the mean", of_sources["end to end"], *cups_cells("passes4", "end to end")],
+        ["cups: 12 passes in the mean, 3,000 updates", "", *cups_cells("passes12", "end to end")],
+        ["control: one pass", of_sources["control"], *cups_cells("passes4", "control")],
+        ["block", of_sources["block 0 alone"], *cups_cells("passes4", "block")]])
+
+
 MODELS = ("vit", "gpt", "mdm", "dit", "recurrent")
 
 
@@ -280,16 +329,20 @@ def cost():
 
 # ---- Few data, and masks where they teach -----------------------------------------------------------------
 
+def tenth_scores(row, column="accuracy, %"):
+    """vit on a tenth of CIFAR-100."""
+    return scores("cpu/tenth/vit/compare.json", "held-out images", row, column)
+
+
 def tenth():
     """vit on a tenth of CIFAR-100, for 100 epochs."""
     rows = []
-    for name, log, row in (("end to end", "blocks", "end to end"), ("control", "blocks", "control"),
-                           ("control with the updates of all blocks", "long", "control"),
-                           ("**blocks, averaged**", "blocks", "blocks, averaged"),
-                           ("blocks, chain from z = 0", "blocks", "blocks, chain from z = 0")):
-        found = [scores(f"cpu/tenth/vit/{log}/eval.json", "held-out images", row, column)
-                 for column in ("accuracy, %", "bits per label")]
-        rows.append([name, cell(found[0], 1), cell(found[1], 2)])
+    for name, row in (("end to end", "end to end"), ("control", "control"),
+                      ("control with the updates of all blocks", LONGER), ("**blocks, averaged**", "blocks, averaged"),
+                      ("block 2 alone, the best of the three", "block 2 alone")):
+        rows.append([name, cell(tenth_scores(row), 1), cell(tenth_scores(row, "bits per label"), 2)])
+    chain = scores("cpu/tenth/vit/eval.json", "held-out images", "blocks, chain from z = 0", "accuracy, %")
+    rows.append(["blocks, chain from z = 0", cell(chain, 1), ""])
     return lines(["a tenth of CIFAR-100, 100 epochs", "accuracy, %", "bits per label"], rows)
 
 
@@ -428,7 +481,7 @@ def why():
 
 
 TABLES = {function.__name__: function for function in (
-    main, short, readouts, mdm, dit, cost, tenth, masks, gpu_updates, gpu_cifar100, gpu_memory, noise, why)}
+    main, short, best, readouts, mdm, dit, recurrent, cost, tenth, masks, gpu_updates, gpu_cifar100, gpu_memory, noise, why)}
 
 
 # ---- Pages ------------------------------------------------------------------------------------------------

@@ -1,0 +1,114 @@
+"""A text on which passes should count: a ball lies under one of five cups, and neighbouring cups are swapped.
+
+    python results/cups.py --write cups.txt
+    python train.py --model recurrent --data cups.txt --seq-len 64 --control    # then --block 0, --end-to-end
+    python results/cups.py --model recurrent --data cups.txt --out out          # writes OUT/recurrent/cups.json
+
+A line begins with the ball's cup, 0 to 4. Then `a` swaps cups 0 and 1, `b` 1 and 2, `c` 2 and 3, `d` 3 and 4. After a
+capital letter, which swaps like the small one, stands the cup where the ball is now: 3D4dccbC2. The further the last
+known cup is away, the more swaps have to be followed, one after another.
+
+The last command asks for these cups in the held-out text, with 64 characters before each, and counts right answers,
+with 1 pass and with as many as --passes says. A control always has one."""
+import random
+import re
+from pathlib import Path
+
+import torch
+
+from common import Parser, UserError, about, begin, run, train, write
+
+CUPS = 5
+ANSWERS = 12        # in a line
+P_ANSWER = 0.15     # of each swap; so 6.7 swaps in the mean lie between two answers
+CONTEXT = 64        # characters before an answer
+DISTANCES = ((1, 4), (5, 8), (9, 64))  # swaps since the last answer
+
+
+def cup_line(rng):
+    """A line of the text, drawn from a random.Random."""
+    ball = rng.randrange(CUPS)
+    line = str(ball)
+    for _ in range(ANSWERS):
+        asked = False
+        while not asked:
+            left = rng.randrange(CUPS - 1)
+            ball = {left: left + 1, left + 1: left}.get(ball, ball)
+            asked = rng.random() < P_ANSWER
+            letter = "abcd"[left]
+            line += f"{letter.upper()}{ball}" if asked else letter
+    return line
+
+
+def write_text(path, n_lines=100_000):
+    rng = random.Random(0)
+    text = "".join(cup_line(rng) + "\n" for _ in range(n_lines))
+    train.save(Path(path), text.encode())
+    print(f"{path}: {n_lines:,} lines, {len(text):,} bytes")
+
+
+def questions(setup, n):
+    """Of the first n answers in the held-out text: prompts (n, CONTEXT), answers (n,) and distances (n,)."""
+    text = bytes(setup.data.arrays["val"])
+    prompts, answers, distances = [], [], []
+    for found in re.finditer(rb"[a-d]*[A-D](?=[0-4])", text):
+        if found.end() >= CONTEXT and len(prompts) < n:
+            prompts.append(list(text[found.end() - CONTEXT:found.end()]))
+            answers.append(text[found.end()])
+            distances.append(len(found.group()))
+    if not prompts:
+        raise UserError("no answers in this text; write one with --write cups.txt, and name it with --data")
+    return [torch.tensor(column, device=setup.device) for column in (prompts, answers, distances)]
+
+
+def networks(setup):
+    """{name: what generates} of the parts that are in OUT, and {name: the settings of its training}."""
+    found, settings = {}, {}
+    for name, part in (("end to end", "end_to_end"), ("control", "control"), ("block", "block_0")):
+        if train.checkpoint_path(setup.run.out, setup.model, part).exists():
+            net, state = train.trained(setup.module, setup.model, part, setup.run.out, setup.device)
+            found[name] = [net] if name == "block" else net
+            settings[name] = {**state["config"], **state["training"], "updates": state["step"]}
+    if not found:
+        raise UserError(f"nothing of {setup.model} is trained in {setup.run.out}")
+    return found, settings
+
+
+@torch.no_grad()
+def accuracy(setup, net, n_passes, prompts, answers, distances):
+    """{column: % of right answers}, of all and by distance."""
+    guesses = []
+    for some in prompts.split(500):
+        guesses.append(setup.module.generate(net, some, 1, temperature=0, n_passes=n_passes)[:, -1])
+    right = (torch.cat(guesses) == answers).double()
+    row = {"all, %": 100 * right.mean().item()}
+    for low, high in DISTANCES:
+        here = (low <= distances) & (distances <= high)
+        row[f"{low} to {high} swaps, %"] = 100 * right[here].mean().item()
+    return row
+
+
+def main(argv):
+    parser = Parser(__doc__)
+    parser.add_argument("--write", metavar="FILE", help="write the text, and end")
+    parser.add_argument("--passes", default="4,16", help="further numbers of passes (default: 4,16)")
+    parser.add_argument("--n", type=int, default=3000, help="answers to ask for (default: 3000)")
+    own, rest = parser.parse_known_args(argv)
+    if own.write:
+        return write_text(own.write)
+    setup = begin([*rest, "--eval"])
+    asked = questions(setup, own.n)
+    nets, settings = networks(setup)
+    rows = {}
+    for name, net in nets.items():
+        numbers = [1] if name == "control" else [1, *(int(number) for number in own.passes.split(","))]
+        for n_passes in numbers:
+            torch.manual_seed(0)  # of the baseline's first state
+            rows[f"{name}, passes {n_passes}"] = accuracy(setup, net, n_passes, *asked)
+    report = {**about("cups", argv), "data": setup.data.about, "trained": settings,
+              "tables": {"right answers": rows}}
+    write(setup.folder / "cups.json", report)
+
+
+if __name__ == "__main__":
+    run(main)
