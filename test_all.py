@@ -54,6 +54,7 @@ HERE = Path(train.__file__).parent
 sys.path.append(str(HERE / "results"))
 import bench  # noqa: E402
 import check_gpu  # noqa: E402
+import cups  # noqa: E402
 import mlp  # noqa: E402
 from frechet import frechet_distance  # noqa: E402
 
@@ -5482,6 +5483,45 @@ def test_the_frechet_distance_of_two_gaussians_is_the_closed_form():
     of_means = 5                                             # |mean|^2
     of_deviations = (a - b).pow(2).sum().item()
     assert found == pytest.approx(of_means + of_deviations)
+
+
+def test_a_line_of_cups_says_where_the_ball_is():
+    for seed in range(20):
+        line = cups.cup_line(random.Random(seed))
+        places = [int(line[0]) == cup for cup in range(5)]   # True: the ball lies there
+        n_answers = 0
+        for letter, following in zip(line[1:], line[2:] + " "):
+            if letter.isalpha():
+                i = "abcd".index(letter.lower())
+                places[i], places[i + 1] = places[i + 1], places[i]
+            assert letter.isupper() == following.isdigit()
+            if following.isdigit():
+                n_answers += 1
+                assert places[int(following)]
+        assert n_answers == cups.ANSWERS
+
+
+def test_cups_are_asked_for_with_the_characters_before_them_and_right_answers_are_counted():
+    text = "3abC2dD1\n" * 20
+    data = SimpleNamespace(arrays={"val": torch.tensor(list(text.encode()), dtype=torch.uint8).numpy()})
+
+    def generate(net, prompts, n_tokens, temperature, n_passes):
+        assert (n_tokens, temperature, n_passes) == (1, 0, 4)
+        guess = torch.full((len(prompts), 1), ord("2"))      # right after C, wrong after D
+        return torch.cat([prompts, guess], dim=1)
+    setup = SimpleNamespace(data=data, device="cpu", module=SimpleNamespace(generate=generate))
+
+    prompts, answers, distances = cups.questions(setup, 10)
+
+    first = text.index("C", cups.CONTEXT - 1)                # the first with so many characters before it
+    assert bytes(prompts[0].tolist()).decode() == text[first - cups.CONTEXT + 1:first + 1]
+    assert prompts.shape == (10, cups.CONTEXT)
+    assert answers.tolist() == [ord("2"), ord("1")] * 5
+    assert distances.tolist() == [3, 2] * 5
+    row = cups.accuracy(setup, None, 4, prompts, answers, distances)
+    assert row["all, %"] == row["1 to 4 swaps, %"] == 50
+    with pytest.raises(UserError, match="--write cups.txt"):
+        cups.questions(SimpleNamespace(data=SimpleNamespace(arrays={"val": b"no cups"}), device="cpu"), 10)
 
 
 # ---- Cross-entropy in chunks ------------------------------------------------------------------------------
