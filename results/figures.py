@@ -70,6 +70,18 @@ def mean_over_seeds(seeds, name, column):
     return np.mean(rows, axis=0)
 
 
+def longer_control(model, title, column):
+    """(minutes, score) of the control with the updates of all blocks, means over seeds. It has no curve: its learning
+    rate falls over another number of updates."""
+    minutes, scores = [], []
+    for log in sorted(HERE.glob(f"cpu/seed*/{model}/long.jsonl")):
+        last = json.loads(log.read_text().splitlines()[-1])
+        minutes.append(last["step"] * last["ms"] / 60_000)
+        tables = json.loads(log.with_name("compare.json").read_text())["tables"]
+        scores.append(tables[title]["control, as long as all blocks"][column])
+    return np.mean(minutes), np.mean(scores)
+
+
 def draw_curves(left, right, model, score, label):
     """Held-out scores over updates of each network (left) and over minutes of training (right)."""
     logs = sorted(HERE.glob(f"cpu/seed*/{model}/curves.json"))
@@ -82,10 +94,14 @@ def draw_curves(left, right, model, score, label):
     left.set(xlabel="updates of each network", ylabel=label)
     right.set(xlabel="minutes of training, one CPU core")
     left.legend(fontsize=8)
+    right.legend(fontsize=8)
 
 
 def curves():
     figure, (above, below) = plt.subplots(2, 2, figsize=(9, 7), sharey="row")
+    longer = dict(color=CONTROL, marker="*", markersize=10, linestyle="none", label="control, updates of all blocks")
+    above[1].plot(*longer_control("gpt", "bits per byte on held-out text", "bits per byte"), **longer)
+    below[1].plot(*longer_control("vit", "held-out images", "accuracy, %"), **longer)
     draw_curves(*above, "gpt", "bits", "gpt: bits per byte on held-out text")
     draw_curves(*below, "vit", "right, %", "vit, CIFAR-100: accuracy, %")
     save(figure, "curves")
@@ -95,7 +111,7 @@ def curves():
 
 def draw_pair(name, end_to_end, blocks):
     """Two pictures that train.py --sample wrote, side by side."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.8))
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.6))
     titles = ("end to end, 6 layers at every step", "3 blocks, 2 layers at every step")
     for axis, file, title in zip(axes, (end_to_end, blocks), titles):
         axis.imshow(plt.imread(HERE / file), interpolation="nearest", cmap="gray")
