@@ -199,7 +199,7 @@ def read_cache(cache, x, n_layer):
 
 
 def init_weights(net):
-    """All initialisation: N(0, 0.02), residual outputs smaller by sqrt(2 layers) (GPT-2)."""
+    """All initialisation (GPT-2): N(0, 0.02). Layers named `out` end a residual branch: less by sqrt(2 layers)."""
     for name, p in net.named_parameters():
         if name == "scale_weight":
             nn.init.constant_(p, 16.0)  # of the edm readout: with 1 no softmax would be sharp

@@ -190,7 +190,8 @@ def run(layers, h, start=0, past=None, cond=None):
 
 
 def init_huginn(net, depth):
-    """All initialisation (Huginn): N(0, 2 / 5C) cut at 3 deviations, residual outputs / sqrt(2 depth)."""
+    """All initialisation (Huginn): N(0, 2 / 5C) cut at 3 deviations. Layers named `out` end a residual branch: less by
+    sqrt(2 depth)."""
     std = (2 / (5 * net.config.n_embd)) ** 0.5
     for name, p in net.named_parameters():
         if name == "scale_weight":

@@ -191,7 +191,8 @@ class NoiseEmbedding(nn.Module):
 
 
 def init_fan_in(net):
-    """All initialisation: N(0, 1 / fan-in), residual outputs smaller by sqrt(2 layers)."""
+    """All initialisation: N(0, 1 / fan-in); less by sqrt(2 layers) in layers named `out`, which end a
+    residual branch."""
     for name, p in net.named_parameters():
         if name == "scale_weight":
             nn.init.constant_(p, 16.0)  # of the edm readout: with 1 no softmax would be sharp
