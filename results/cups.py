@@ -9,7 +9,7 @@ capital letter, which swaps like the small one, stands the cup where the ball is
 known cup is away, the more swaps have to be followed, one after another.
 
 The last command asks for these cups in the held-out text, with 64 characters before each, and counts right answers,
-with 1 pass and with as many as --passes says. A control always has one."""
+with 1 pass and with as many as --passes says. A control always has one. A block starts from z = 0, at temperature 0."""
 import random
 import re
 from pathlib import Path
@@ -65,10 +65,16 @@ def networks(setup):
     """{name: what generates} of the parts that are in OUT, and {name: the settings of its training}."""
     found, settings = {}, {}
     for name, part in (("end to end", "end_to_end"), ("control", "control"), ("block", "block_0")):
-        if train.checkpoint_path(setup.run.out, setup.model, part).exists():
-            net, state = train.trained(setup.module, setup.model, part, setup.run.out, setup.device)
-            found[name] = [net] if name == "block" else net
-            settings[name] = {**state["config"], **state["training"], "updates": state["step"]}
+        path = train.checkpoint_path(setup.run.out, setup.model, part)
+        if not path.exists():
+            continue
+        net, state = train.trained(setup.module, setup.model, part, setup.run.out, setup.device)
+        if state["data"]["fingerprint"] != setup.data.about["fingerprint"]:
+            raise UserError(f"{path} was trained on {state['data']['source']}, not on this text: name it with --data")
+        if net.config.seq_len < CONTEXT:
+            raise UserError(f"{path} was trained with --seq-len {net.config.seq_len}; it needs {CONTEXT} or more")
+        found[name] = [net] if name == "block" else net
+        settings[name] = {**train.flat(net.config), **state["training"], "updates": state["step"]}
     if not found:
         raise UserError(f"nothing of {setup.model} is trained in {setup.run.out}")
     return found, settings
@@ -84,26 +90,39 @@ def accuracy(setup, net, n_passes, prompts, answers, distances):
     row = {"all, %": 100 * right.mean().item()}
     for low, high in DISTANCES:
         here = (low <= distances) & (distances <= high)
-        row[f"{low} to {high} swaps, %"] = 100 * right[here].mean().item()
+        if here.any():
+            row[f"{low} to {high} swaps, %"] = 100 * right[here].mean().item()
     return row
+
+
+def positive_integers(text, flag):
+    """"4,16" -> [4, 16]. Raises UserError."""
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise UserError(f"{flag} must be one or more whole numbers above 0, such as 4,16; got {text!r}")
+    return [int(number) for number in text.split(",")]
 
 
 def main(argv):
     parser = Parser(__doc__)
     parser.add_argument("--write", metavar="FILE", help="write the text, and end")
     parser.add_argument("--passes", default="4,16", help="further numbers of passes (default: 4,16)")
-    parser.add_argument("--n", type=int, default=3000, help="answers to ask for (default: 3000)")
+    parser.add_argument("--n", default="3000", help="answers to ask for (default: 3000)")
     own, rest = parser.parse_known_args(argv)
-    if own.write:
+    if own.write is not None:
+        if rest or not own.write:
+            raise UserError("--write takes the name of a file, and no other flag")
         return write_text(own.write)
+    passes = [1, *positive_integers(own.passes, "--passes")]
+    n_questions = positive_integers(own.n, "--n")[0]
     setup = begin([*rest, "--eval"])
-    asked = questions(setup, own.n)
+    if setup.model != "recurrent" or setup.data.settings.tokenizer != "bytes":
+        raise UserError("this asks --model recurrent, trained with --tokenizer bytes")
+    asked = questions(setup, n_questions)
     nets, settings = networks(setup)
     rows = {}
     for name, net in nets.items():
-        numbers = [1] if name == "control" else [1, *(int(number) for number in own.passes.split(","))]
-        for n_passes in numbers:
-            torch.manual_seed(0)  # of the baseline's first state
+        for n_passes in [1] if name == "control" else passes:
+            torch.manual_seed(0)  # of the baseline's first state, and of the noise in a block's slots of known tokens
             rows[f"{name}, passes {n_passes}"] = accuracy(setup, net, n_passes, *asked)
     report = {**about("cups", argv), "data": setup.data.about, "trained": settings,
               "tables": {"right answers": rows}}
