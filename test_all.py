@@ -3090,6 +3090,20 @@ def test_blocks_that_do_not_fit_together_are_neither_scored_nor_sampled(flags, t
             train.main(["--model=gpt", action, f"--out={tmp_path}"])
 
 
+def test_blocks_of_older_code_fit_newer_ones_whose_new_settings_are_as_usual(flags, tmp_path):
+    train.main(flags("gpt", "--block=all", "--steps=1", f"--out={tmp_path}"))
+    path = train.checkpoint_path(tmp_path, "gpt", "block_0")
+    state = train.load(path, "gpt")
+    del state["config"]["gate_start"]
+    train.save(path, state)
+    blocks, _ = train.assemble(gpt, "gpt", tmp_path, torch.device("cpu"))
+    assert [net.config.gate_start for net in blocks] == [1.0, 1.0]
+
+    train.main(flags("gpt", "--block=1", "--steps=1", "--gate-start=0", "--overwrite", f"--out={tmp_path}"))
+    with pytest.raises(UserError, match=r"gate_start \(1.0 -> 0.0\)"):
+        train.assemble(gpt, "gpt", tmp_path, torch.device("cpu"))
+
+
 def test_scores_on_other_data_are_marked_so(flags, tmp_path, capsys):
     (tmp_path / "other.txt").write_text("another text, as long as it has to be\n" * 400)
     train.main(flags("gpt", "--block=all", "--steps=1", f"--out={tmp_path}"))

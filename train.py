@@ -679,7 +679,9 @@ def trained(module, model, part, out, device, like=None):
     if like is not None:
         # a baseline may be trained on the levels that are best for it, and is scored on all
         ignore = () if part.startswith("block_") else LEVELS_OF_TRAINING
-        wrong = differences(like["config"], state["config"], ignore) + other_data(like["data"], state["data"])
+        usual = flat(module.Config())  # an older checkpoint does not know what was added since
+        wrong = differences({**usual, **like["config"]}, {**usual, **state["config"]}, ignore)
+        wrong += other_data(like["data"], state["data"])
         if wrong:
             raise UserError(f"{path} was trained with other settings than {like['part']}: {', '.join(wrong)}")
     net = build(module, replaced(module.Config(), state["config"]), part)
