@@ -111,7 +111,7 @@ def longer_scores(model):
     if model == "gpt":
         return scores("cpu/seed*/gpt/compare.json", TEXT, LONGER, BITS)
     if model == "mdm":
-        return scores("cpu/seed*/mdm/long_scores.json", f"{TEXT} (bound)", LONGER, BITS)
+        return mdm_scores(LONGER)
     return scores("cpu/seed*/dit/long_scores.json", "denoising loss on held-out images", LONGER,
                   "weighted squared error")
 
@@ -157,7 +157,7 @@ def main():
                  best_block("gpt", "bits")),
         main_row("mdm", text, 3, mdm_scores("end to end"), mdm_scores("control"), longer_scores("mdm"),
                  mdm_scores("blocks"), mdm_scores("mean of the blocks at every t"),
-                 mdm_scores("block 1 at every t")),
+                 mdm_scores("block 2 at every t")),
         main_row("dit", "CIFAR-10: denoising loss ↓", 4, dit_losses("end to end"), dit_losses("control"),
                  longer_scores("dit"), dit_losses("blocks")),
         main_row("dit", "CIFAR-10: Fréchet distance ↓", 0, dit_distances("end to end"),
@@ -191,17 +191,21 @@ ONE_BLOCK = {"vit": "block alone", "gpt": "block alone", "mdm": "blocks", "dit":
 
 
 def best_cell(found, digits, highest=False):
-    """The name and the score of the best of {name: scores}."""
-    choose = max if highest else min
-    name = choose(found, key=lambda name: statistics.mean(found[name]))
-    return f"{name}, {cell(found[name], digits)}"
+    """The name and the score of the best of {name: scores}, or the names of those whose scores are equal as rounded."""
+    found = {name: values for name, values in found.items() if values}
+    rounded = {name: round(statistics.mean(values), digits) for name, values in found.items()}
+    best = max(rounded.values()) if highest else min(rounded.values())
+    names = [name for name in found if rounded[name] == best]
+    return f"{' = '.join(names)}, {cell(found[names[0]], digits)}"
 
 
-def best_row(model, task, digits, end_to_end, control, longer, blocks, one_block, highest=False):
-    """one_block: scores of what costs a block's layers for each step of sampling, or for an answer."""
-    compute = {"end to end": end_to_end, "longer control": longer, "blocks": blocks}
+def best_row(model, task, digits, end_to_end, control, longer, blocks, one_block, controls=(), highest=False):
+    """one_block: scores of what costs a block's layers for each step of sampling, or for an answer. controls: of as
+    many controls as blocks, averaged."""
+    averaged = {"controls, averaged": controls}
+    compute = {"end to end": end_to_end, "longer control": longer, "blocks": blocks, **averaged}
     sampling = {"control": control, "longer control": longer, ONE_BLOCK[model]: one_block}
-    memory = {"control": control, "longer control": longer, "blocks": blocks}
+    memory = {"control": control, "longer control": longer, "blocks": blocks, **averaged}
     if float(peak_share(model, CHECKPOINTED)) <= float(peak_share(model, "one block")):
         memory["end to end, checkpointed"] = end_to_end
     return [task, *(best_cell(found, digits, highest) for found in (compute, sampling, memory))]
@@ -213,7 +217,8 @@ def best():
         best_row("vit", "vit, CIFAR-100, % ↑", 1, vit_scores("end to end"), vit_scores("control"),
                  longer_scores("vit"), vit_scores("blocks, averaged"), best_block("vit", "right, %"), highest=True),
         best_row("vit", "vit, a tenth of CIFAR-100, % ↑", 1, tenth_scores("end to end"), tenth_scores("control"),
-                 tenth_scores(LONGER), tenth_scores("blocks, averaged"), tenth_scores("block 2 alone"), highest=True),
+                 tenth_scores(LONGER), tenth_scores("blocks, averaged"), tenth_scores("block 2 alone"),
+                 tenth_scores("3 controls, averaged"), highest=True),
         best_row("gpt", "gpt, bits ↓", 3, text_scores("gpt", "end to end"), text_scores("gpt", "control"),
                  longer_scores("gpt"), text_scores("gpt", "blocks, averaged"), best_block("gpt", "bits")),
         best_row("mdm", "mdm, bits ↓", 3, mdm_scores("end to end"), mdm_scores("control"), longer_scores("mdm"),
@@ -254,21 +259,18 @@ def readouts():
 
 
 def mdm():
-    """mdm's bound, and the part of it in each third of t."""
-    intervals = {"t 0.667 to 1": "block 0, t 0.667 to 1", "0.333 to 0.667": "block 1, t 0.333 to 0.667",
-                 "0 to 0.333": "block 2, t 0 to 0.333"}
-    names = {"end to end": "end to end", "control": "control", "blocks": "blocks, each on its own interval",
-             "block 1 at every t": "block 1 at every t",
+    """mdm's bound, and the part of it in the interval of each block."""
+    intervals = {"t 0.733 to 1": "block 0, t 0.733 to 1", "0.467 to 0.733": "block 1, t 0.467 to 0.733",
+                 "0 to 0.467": "block 2, t 0 to 0.467"}
+    names = {"end to end": "end to end", "control": "control", LONGER: "control with the updates of all blocks",
+             "blocks": "blocks, each on its own interval", "block 1 at every t": "block 1 at every t",
+             "block 2 at every t": "block 2 at every t",
              "mean of the blocks at every t": "mean of the blocks at every t"}
     rows = []
     for row, name in names.items():
         shares = [scores("cpu/seed*/mdm/compare.json", "the bound by interval, bits per byte", interval, row)
                   for interval in intervals.values()]
         rows.append([name, cell(mdm_scores(row), 3), *(cell(share, 3) for share in shares)])
-    shares = [scores("cpu/seed*/mdm/long_scores.json", "the bound by interval, bits per byte", interval, LONGER)
-              for interval in intervals.values()]
-    rows.insert(2, ["control with the updates of all blocks", cell(longer_scores("mdm"), 3),
-                    *(cell(share, 3) for share in shares)])
     return lines(["", "bound", *intervals], rows)
 
 
@@ -297,11 +299,12 @@ def cups_cells(log, row):
 def recurrent():
     """recurrent on Python sources, and on the text on which passes should count."""
     of_sources = {row: cell(text_scores("recurrent", row), 3) for row in ("end to end", "control", "block 0 alone")}
-    return lines(["", "Python sources, bits per byte", "cups, right answers with 1 pass, %", "4", "16"], [
-        ["end to end; cups: 4 passes in the mean", of_sources["end to end"], *cups_cells("passes4", "end to end")],
-        ["cups: 12 passes in the mean, 3,000 updates", "", *cups_cells("passes12", "end to end")],
-        ["control: one pass", of_sources["control"], *cups_cells("passes4", "control")],
-        ["block", of_sources["block 0 alone"], *cups_cells("passes4", "block")]])
+    return lines(["", "Python sources, bits per byte", "cups, right answers with 1 pass, %", "with 4 passes, %",
+                  "with 16, %"], [
+        ["end to end; cups: 4 passes in the mean", of_sources["end to end"], *cups_cells("cups", "end to end")],
+        ["cups: 12 passes in the mean, 3,000 updates", "", *cups_cells("cups12", "end to end")],
+        ["control: one pass", of_sources["control"], *cups_cells("cups", "control")],
+        ["block", of_sources["block 0 alone"], *cups_cells("cups", "block")]])
 
 
 MODELS = ("vit", "gpt", "mdm", "dit", "recurrent")
@@ -338,7 +341,9 @@ def tenth():
     """vit on a tenth of CIFAR-100, for 100 epochs."""
     rows = []
     for name, row in (("end to end", "end to end"), ("control", "control"),
-                      ("control with the updates of all blocks", LONGER), ("**blocks, averaged**", "blocks, averaged"),
+                      ("control with the updates of all blocks", LONGER),
+                      ("as many controls as blocks, averaged", "3 controls, averaged"),
+                      ("**blocks, averaged**", "blocks, averaged"),
                       ("block 2 alone, the best of the three", "block 2 alone")):
         rows.append([name, cell(tenth_scores(row), 1), cell(tenth_scores(row, "bits per label"), 2)])
     chain = scores("cpu/tenth/vit/eval.json", "held-out images", "blocks, chain from z = 0", "accuracy, %")
@@ -347,15 +352,28 @@ def tenth():
 
 
 def masks():
-    """mdm's default, trained on a part of the times."""
-    log = "choices/masks/eval.json"
-    intervals = [f"block {b}, t {times}" for b, times in enumerate(("0.733 to 1", "0.467 to 0.733", "0 to 0.467"))]
-    rows = []
-    for row, times in (("end to end", ".3 to .8"), ("control", ".3 to .8"), ("blocks", ".2 to 1, overlap .5")):
-        shares = [scores(log, "the bound by interval, bits per byte", interval, row) for interval in intervals]
-        rows.append([row, times, cell(scores(log, f"{TEXT} (bound)", row, BITS), 3),
-                     *(cell(share, 3) for share in shares)])
-    return lines(["", "trained at t", "bound", "t .733 to 1", ".467 to .733", "0 to .467"], rows)
+    """mdm's bound after training at a part of the times, at both budgets on a CPU."""
+    def of(log, row):
+        return cell(scores(f"choices/masks/{log}.json", f"{TEXT} (bound)", row, BITS), 3)
+    half = ", overlap .5"
+    return lines(["", "trained at t", "default, 1,200 updates", "`--preset cpu`, 4,000 updates"], [
+        ["end to end", "0 to 1", "", of("whole", "end to end")],
+        ["", ".3 to .8", of("eval1", "end to end"), of("cpu", "end to end")],
+        ["", ".2 to .9", of("eval2", "end to end"), ""],
+        ["", "1/3 to 2/3", of("eval3", "end to end"), ""],
+        ["", ".2 to .7", "", of("cpu2", "end to end")],
+        ["control", "0 to 1", "", of("whole", "control")],
+        ["", ".3 to .8", of("eval1", "control"), of("cpu", "control")],
+        ["", ".3 to .9", of("eval4", "control"), ""],
+        ["", "1/3 to 2/3", of("eval2", "control"), ""],
+        ["", ".2 to .7", of("eval3", "control"), of("cpu2", "control")],
+        ["", ".2 to .6", of("eval5", "control"), ""],
+        ["control with the updates of all blocks", "0 to 1", "", of("whole_long", LONGER)],
+        ["", ".2 to .7", "", cell(longer_scores("mdm"), 3)],
+        ["blocks", "0 to 1, overlap .05", "", of("whole", "blocks")],
+        ["", ".2 to 1" + half, of("eval1", "blocks"), of("cpu", "blocks")],
+        ["", ".2 to .9" + half, of("eval2", "blocks"), ""],
+        ["", ".2 to .8" + half, "", of("cpu2", "blocks")]])
 
 
 # ---- On a GPU ---------------------------------------------------------------------------------------------
