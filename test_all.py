@@ -3457,13 +3457,17 @@ class PretendGPU(TorchFunctionMode):
         return where(x)
 
 
-class Kernels(TorchDispatchMode):
-    """The operators that are computed on the pretended device."""
+class CountsOperators(TorchDispatchMode):
+    """Counts operators of a pretended device; which, a class that inherits says."""
 
     def __init__(self, gpu):
         super().__init__()
         self.gpu = gpu
         self.count = 0
+
+
+class Kernels(CountsOperators):
+    """The operators that are computed on the pretended device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -3616,13 +3620,8 @@ def pretend_recording(graph, stream=None):
     torch.set_rng_state(generator)
 
 
-class CountsCPUDraws(TorchDispatchMode):
+class CountsCPUDraws(CountsOperators):
     """The number of draws that are not on the device: it stands for the state of the CPU's generators."""
-
-    def __init__(self, gpu):
-        super().__init__()
-        self.gpu = gpu
-        self.count = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
