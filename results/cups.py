@@ -95,10 +95,10 @@ def accuracy(setup, net, n_passes, prompts, answers, distances):
     return row
 
 
-def positive_integers(text, flag):
+def numbers_of_passes(text):
     """"4,16" -> [4, 16]. Raises UserError."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
-        raise UserError(f"{flag} must be one or more whole numbers above 0, such as 4,16; got {text!r}")
+        raise UserError(f"--passes must be one or more whole numbers above 0, such as 4,16; got {text!r}")
     return [int(number) for number in text.split(",")]
 
 
@@ -106,18 +106,19 @@ def main(argv):
     parser = Parser(__doc__)
     parser.add_argument("--write", metavar="FILE", help="write the text, and end")
     parser.add_argument("--passes", default="4,16", help="further numbers of passes (default: 4,16)")
-    parser.add_argument("--n", default="3000", help="answers to ask for (default: 3000)")
+    parser.add_argument("--n", type=int, default=3000, help="answers to ask for (default: 3000)")
     own, rest = parser.parse_known_args(argv)
     if own.write is not None:
         if rest or not own.write:
             raise UserError("--write takes the name of a file, and no other flag")
         return write_text(own.write)
-    passes = [1, *positive_integers(own.passes, "--passes")]
-    n_questions = positive_integers(own.n, "--n")[0]
+    if own.n < 1:
+        raise UserError(f"--n must be at least 1; got {own.n}")
+    passes = [1, *numbers_of_passes(own.passes)]
     setup = begin([*rest, "--eval"])
     if setup.model != "recurrent" or setup.data.settings.tokenizer != "bytes":
         raise UserError("this asks --model recurrent, trained with --tokenizer bytes")
-    asked = questions(setup, n_questions)
+    asked = questions(setup, own.n)
     nets, settings = networks(setup)
     rows = {}
     for name, net in nets.items():
