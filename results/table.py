@@ -499,7 +499,8 @@ def why():
 
 
 TABLES = {function.__name__: function for function in (
-    main, short, best, readouts, mdm, dit, recurrent, cost, tenth, masks, gpu_updates, gpu_cifar100, gpu_memory, noise, why)}
+    main, short, best, readouts, mdm, dit, recurrent, cost, tenth, masks, gpu_updates, gpu_cifar100, gpu_memory, noise,
+    why)}
 
 
 # ---- Pages ------------------------------------------------------------------------------------------------
