@@ -54,6 +54,7 @@ HERE = Path(train.__file__).parent
 sys.path.append(str(HERE / "results"))
 import bench  # noqa: E402
 import check_gpu  # noqa: E402
+import compare  # noqa: E402
 import cups  # noqa: E402
 import mlp  # noqa: E402
 from frechet import frechet_distance  # noqa: E402
@@ -5535,6 +5536,31 @@ def test_cups_are_asked_for_with_the_characters_before_them_and_right_answers_ar
     assert row["all, %"] == row["1 to 4 swaps, %"] == 50
     with pytest.raises(UserError, match="--write cups.txt"):
         cups.questions(SimpleNamespace(data=SimpleNamespace(arrays={"val": b"no cups"}), device="cpu"), 10)
+
+
+@pytest.mark.parametrize("model, blocks, of_curve, of_all", [
+    ("vit", "blocks, averaged", "bits", "bits per label"),
+    ("dit", "blocks", "weighted squared error", "weighted squared error"),
+])
+def test_curves_end_at_the_scores_of_the_last_checkpoints(model, blocks, of_curve, of_all, flags, tmp_path):
+    args = flags(model, f"--out={tmp_path}")
+    for part in PARTS:
+        compare.main(["--train", *args, part])               # 4 updates, a checkpoint every 2
+    compare.main(["--train", *args, "--control", "--steps=6", f"--out={tmp_path}/long"])
+
+    place = [f"--model={model}", f"--out={tmp_path}"]
+    compare.main([*place, "--curves"])
+    compare.main(place)
+
+    curves = json.loads((tmp_path / model / "curves.json").read_text())["tables"]
+    scores = next(iter(json.loads((tmp_path / model / "compare.json").read_text())["tables"].values()))
+    ends = {"end to end": "4", "control": "4", blocks: "4"}
+    if model == "dit":
+        ends[compare.LONGER] = "6"
+    for what, end in ends.items():
+        assert curves[what][end][of_curve] == pytest.approx(scores[what][of_all])
+        assert curves[what]["2"][of_curve] != curves[what][end][of_curve]
+        assert curves[what][end]["minutes"] > 0
 
 
 # ---- Cross-entropy in chunks ------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ OUT/noiseless1 and so on: a block 0 that was trained without noise (gpt).
 vit and gpt: every block alone and the mean of all. mdm: the same at every t, also beyond a block's own interval.
 
 --train keeps the checkpoint of update N (--save-every) in OUT/at_N. A row of --curves has the scores and the
-minutes of training until then: of averaged blocks the sum over blocks. Rows before the last are in the middle of
-the learning rate's schedule. --log-every has to be no larger than --save-every.
+minutes of training until then: of all blocks the sum over blocks. Rows before the last are in the middle of
+the learning rate's schedule. --log-every has to be no larger than --save-every. --curves is for vit, gpt and dit.
 
 --variant, with any of the three, puts a class of this file in the place of one of gpt's, to see which part of a
 block beats the control: adaln (in the control) or streams (in a block)."""
@@ -29,6 +29,9 @@ import torch.nn as nn
 from common import Parser, UserError, about, begin, plain_logits, run, train, write  # first: it sets the path
 import gpt
 from diffusion_blocks import average, cross_entropy, seed_of
+
+
+LONGER = "control, as long as all blocks"  # the row of what lies in OUT/long
 
 
 # ---- Guesses: functions that give log-probabilities of the targets of x -----------------------------------
@@ -110,7 +113,7 @@ def single_networks(setup):
     out = Path(setup.run.out)
     rows = {}
     for row, part, folder in (("end to end", "end_to_end", out), ("control", "control", out),
-                              ("control, as long as all blocks", "control", out / "long")):
+                              (LONGER, "control", out / "long")):
         for net in networks(setup, part, [folder]):
             rows[row] = net
     return rows
@@ -201,17 +204,21 @@ class Minutes:
         return step * ms / 60_000
 
 
-def curve_tables(setup):
-    """{what: {update: {column: number}}} of all updates whose checkpoints were kept."""
+def kept(out, model):
+    """[(update, folder)] of what --train has kept in a folder, in the order of updates."""
+    folders = [f for f in Path(out).glob("at_*") if (f / model).is_dir()]
+    return sorted((int(f.name.removeprefix("at_")), f) for f in folders)
+
+
+def label_curves(setup):
+    """{what: {update: {column: number}}} of vit or gpt, at all updates whose checkpoints were kept."""
     held_out, minutes = HeldOut(setup), Minutes(setup.folder)
 
     def row(guess, time):
         bits, right = held_out.score(guess)
         return {"bits": bits, "right, %": right, "minutes": time}
     tables = {"end to end": {}, "control": {}, "blocks, averaged": {}, "best block alone": {}}
-    folders = [f for f in Path(setup.run.out).glob("at_*") if (f / setup.model).is_dir()]
-    for folder in sorted(folders, key=lambda f: int(f.name.removeprefix("at_"))):
-        step = int(folder.name.removeprefix("at_"))
+    for step, folder in kept(setup.run.out, setup.model):
         blocks, state = train.assemble(setup.module, setup.model, folder, setup.device)
         for name, part in (("end to end", "end_to_end"), ("control", "control")):
             net, _ = train.trained(setup.module, setup.model, part, folder, setup.device, state)
@@ -222,6 +229,28 @@ def curve_tables(setup):
         each = [row(guess, time) for guess, time in zip(alone, times)]
         # chosen on the same held-out data
         tables["best block alone"][step] = min(each, key=lambda scores: scores["bits"])
+    return tables
+
+
+def dit_curves(setup):
+    """The same of dit, also of OUT/long, whose updates are counted by themselves."""
+    out, model = Path(setup.run.out), setup.model
+    title = "denoising loss on held-out images"
+    tables = {"end to end": {}, "control": {}, "blocks": {}, LONGER: {}}
+    minutes, minutes_long = Minutes(setup.folder), Minutes(out / "long" / model)
+    for step, folder in kept(out, model):
+        blocks, state = train.assemble(setup.module, model, folder, setup.device)
+        others = {}
+        for name, part in (("end to end", "end_to_end"), ("control", "control")):
+            others[name], _ = train.trained(setup.module, model, part, folder, setup.device, state)
+        times = {"end to end": minutes.until("end_to_end", step), "control": minutes.until("control", step),
+                 "blocks": sum(minutes.until(f"block_{b}", step) for b in range(len(blocks)))}
+        for name, scores in setup.module.evaluate(blocks, others, setup.data)[title].items():
+            tables[name][step] = {**scores, "minutes": times[name]}
+    for step, folder in kept(out / "long", model):
+        net, _ = train.trained(setup.module, model, "control", folder, setup.device)
+        scores = setup.module.evaluate([net], {}, setup.data)[title]["blocks"]  # as if the control were a single block
+        tables[LONGER][step] = {**scores, "minutes": minutes_long.until("control", step)}
     return tables
 
 
@@ -279,10 +308,10 @@ def score(own, argv, rest):
     """Score what is there, and write the report."""
     setup = begin([*rest, "--eval"])
     labels = setup.model in ("vit", "gpt")
-    if own.curves and not labels:
-        raise UserError(f"--curves is for vit and gpt, not {setup.model}")
+    if own.curves and not labels and setup.model != "dit":
+        raise UserError(f"--curves is for vit, gpt and dit, not {setup.model}")
     if own.curves:
-        name, tables = "curves", curve_tables(setup)
+        name, tables = "curves", label_curves(setup) if labels else dit_curves(setup)
     elif labels:
         name, tables = "compare", label_tables(setup)
     else:
