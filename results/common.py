@@ -44,15 +44,6 @@ def begin(argv):
                            device=device, data=data, folder=Path(run.out) / asked.model)
 
 
-def load(setup):
-    """(blocks, baseline, control) in OUT. Raises UserError that says how to train what is missing."""
-    module, model, out = setup.module, setup.model, setup.run.out
-    blocks, first = train.assemble(module, model, out, setup.device)
-    baseline, _ = train.trained(module, model, "end_to_end", out, setup.device, first)
-    control, _ = train.trained(module, model, "control", out, setup.device, first)
-    return blocks, baseline, control
-
-
 def plain_logits(net, x):
     """Logits of a baseline or control; gpt's come with a cache."""
     found = net.logits(x)

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from common import Parser, UserError, about, begin, load, run, train, write
+from common import Parser, UserError, about, begin, run, train, write  # first: it sets the path
 import vit
+from compare import blocks_in, single_networks
 from diffusion_blocks import seed_of
 
 
@@ -135,8 +136,12 @@ def main(argv):
         raise UserError("need a model that makes images (--model dit), and --n of at least 2")
     if setup.config.n_channel not in (1, 3):
         raise UserError("these distances are of pixels; of latents there is none: decode them first")
-    blocks, baseline, control = load(setup)
-    models = {"blocks": blocks, "end to end": baseline, "control": control}
+    models = {name: [net] for name, net in single_networks(setup).items()}
+    blocks = blocks_in(setup, setup.run.out)
+    if blocks:
+        models["blocks"] = blocks
+    if not models:
+        raise UserError(f"nothing of {setup.model} is trained in {setup.run.out}")
     rows = score(setup, models, own.n, own.guidance)
     write(setup.folder / "frechet.json", {**about("frechet", argv), "tables": {"generated images": rows}})
 
