@@ -464,14 +464,14 @@ def noise():
                "bound, bits": ("vit", "held-out images", "blocks, bound", "bits per label", 3),
                "recurrent: bound": ("recurrent", TEXT, "blocks, bound", BITS, 3),
                "alone": ("recurrent", TEXT, "block 0 alone", BITS, 3)}
-    names = {"-1.2_1.2": "-1.2, 1.2 (the paper)", "-1.2_1": "-1.2, 1", "-0.3_1.2": "-.3, 1.2",
-             "-0.3_1": "-.3, 1", "0.5_1.2": ".5, 1.2", "0.5_1": ".5, 1", "1.2_1.2": "1.2, 1.2",
-             "1.2_1": "1.2, 1 (default)"}
+    settings = {"-1.2, 1.2": "-1.2, 1.2 (the paper)", "-1.2, 1": "-1.2, 1", "-0.3, 1.2": "-.3, 1.2",
+                "-0.3, 1": "-.3, 1", "0.5, 1.2": ".5, 1.2", "0.5, 1": ".5, 1", "1.2, 1.2": "1.2, 1.2",
+                "1.2, 1": "1.2, 1 (default)"}
     rows = []
-    for file, name in names.items():
+    for setting, name in settings.items():
         row = [name]
         for model, *keys, digits in columns.values():
-            found = scores(f"choices/noise/{model}_{file}.json", *keys)
+            found = numbers(f"choices/noise/{model}.json", setting, "tables", *keys)
             row.append(cell(found, digits) if found else "not run")
         rows.append(row)
     return lines(["p_mean, p_std", *columns], rows)
