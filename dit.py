@@ -84,6 +84,7 @@ class Sampling:
     euler_steps: int = 50       # noise levels visited (paper: 50)
 
     def __post_init__(self):
+        require_finite(self)
         require(math.isfinite(self.guidance), "guidance must be a number", self.guidance)
         require(self.n_images >= 1, "n_images must be at least 1", self.n_images)
         require(self.euler_steps >= 2, "euler_steps must be at least 2", self.euler_steps)
@@ -350,16 +351,17 @@ def evaluate(blocks, others, data, n_levels=24):
     noise = blocks[0].noise
     models = {name: [net] for name, net in others.items()} | {"blocks": blocks}
     images, label = data.held_out(1000, blocks[0].config)
-    # levels that are equally likely in training: the mean over them is the loss of training
+    # levels that are equally likely in training end to end; unlike there, the label is always given
     sigmas = noise.icdf([(i + 0.5) / n_levels for i in range(n_levels)]).tolist()
     owners = [noise.block_of(sigma) for sigma in sigmas]
+    scored = sorted(set(owners))  # a narrow interval may hold none of the levels: it has no row
     rows = {}
-    by_block = {f"block {b}": {} for b in range(len(blocks))}
+    by_block = {f"block {b}": {} for b in scored}
     for name, nets in models.items():
         losses = [denoising_loss(nets, images, label, sigma) for sigma in sigmas]
         rows[name] = {"weighted squared error": sum(losses) / n_levels}
-        for b in range(len(blocks)):
-            own = [loss for owner, loss in zip(owners, losses) if owner == b]
-            by_block[f"block {b}"][name] = sum(own) / max(1, len(own))
+        for b in scored:
+            of_block = [loss for owner, loss in zip(owners, losses) if owner == b]
+            by_block[f"block {b}"][name] = sum(of_block) / len(of_block)
         print(f"scored {name}", flush=True)
     return {"denoising loss on held-out images": rows, "denoising loss by block": by_block}

@@ -2068,6 +2068,15 @@ def test_the_denoising_loss_is_a_mean_over_levels_that_are_equally_likely_in_tra
         assert evaluation.block == noise.block_of(evaluation.level)
 
 
+def test_an_interval_that_is_too_narrow_to_be_scored_is_not_called_perfect():
+    blocks = blocks_of(dit, n_blocks=4, edges="uniform")     # nearly all levels are those of blocks 1 and 2
+
+    _, by_block = dit.evaluate(blocks, {}, held_out(IMAGES, LABELS)).values()
+
+    assert list(by_block) == ["block 1", "block 2", "block 3"]
+    assert min(row["blocks"] for row in by_block.values()) > 0
+
+
 def test_all_models_are_scored_on_the_same_noise():
     net = blocks_of(dit, n_blocks=1)[0]
     others = {"end to end": net, "control": net}
