@@ -85,7 +85,7 @@ class Noise:
 
     def interval(self, block):
         """(lo, hi) of the noise levels that a block owns; block 0 has the highest."""
-        i = self.n_blocks - 1 - block  # ends ascend, blocks descend: here and in block_of, nowhere else
+        i = self.n_blocks - 1 - block  # boundaries ascend, blocks descend: here, in block_of, and in Masking.widened
         return self.boundaries[i], self.boundaries[i + 1]
 
     def block_of(self, level):
@@ -105,7 +105,7 @@ class LogNormal(Noise):
     p_std: float = 1.2          # its standard deviation (EDM)
     sigma_min: float = 0.002    # lowest noise level (EDM): a unit-norm target can be read off z here
     sigma_max: float = 80.0     # highest (EDM): z tells nothing of the target here; sampling starts here
-    sigma_data: float = 0.5     # std of images (EDM); with a Bayes readout it only scales z at the input
+    sigma_data: float = 0.5     # std of images (EDM); with a Bayes readout it matters to c_in and the edm weight only
     gamma: float = 0.05         # overlap of neighbouring blocks in training (paper: 0.05, 0.1 for text)
     edges: str = "probability"  # probability (paper), uniform in ln sigma, or the inner ends: 0.1,0.7
     weighting: str = "none"     # of the loss at a level: none, as the released code trains, or edm (the paper)
@@ -117,7 +117,7 @@ class LogNormal(Noise):
         require(self.p_std > 0, "p_std must be above 0", self.p_std)
         require(self.sigma_data > 0, "sigma_data must be above 0", self.sigma_data)
         require(self.n_blocks >= 1, "n_blocks must be at least 1", self.n_blocks)
-        require(self.gamma >= 0, "gamma must be at least 0", self.gamma)
+        require(0 <= self.gamma <= 10, "gamma must be 0 to 10", self.gamma)
         require(self.weighting in ("none", "edm"), "weighting must be none or edm", self.weighting)
         self.refuse_tail(self.sigma_min, self.sigma_max)
         self.boundaries = [self.sigma_min, *self.inner_boundaries(), self.sigma_max]
@@ -138,7 +138,7 @@ class LogNormal(Noise):
         try:
             return [float(end) for end in self.edges.split(",")]
         except ValueError:
-            return []
+            return [math.nan]  # no numbers: refused, as it does not rise
 
     def refuse_tail(self, lo, hi):
         """Raises ValueError if [lo, hi] is so far in the normal distribution's tail that float64 has 0 there."""
@@ -153,8 +153,10 @@ class LogNormal(Noise):
             q = torch.tensor(q, dtype=torch.float64, device="cpu")
         ends = torch.tensor([lo or self.sigma_min, hi or self.sigma_max], dtype=torch.float64, device="cpu")
         x = (ends.log() - self.p_mean) / self.p_std
-        sign = -1.0 if x[0] > 0 else 1.0    # above the median in the mirrored tail: 1 - 1e-20 rounds to 1
-        p_lo, p_hi = torch.erfc(-sign * x / math.sqrt(2)) / 2  # unlike ndtr, exact in the tail
+        # Near 1 float64 cannot tell probabilities apart (1 - 1e-20 is 1), near 0 it can. So an interval above the
+        # median is mirrored to below it (sign -1), and mirrored back after ndtri.
+        sign = -1.0 if x[0] > 0 else 1.0
+        p_lo, p_hi = torch.erfc(-sign * x / math.sqrt(2)) / 2  # normal CDF of sign * x; unlike ndtr, exact in the tail
         x = sign * torch.special.ndtri(p_lo + q * (p_hi - p_lo))
         return torch.exp(self.p_mean + self.p_std * x).clamp(*ends.tolist())
 
@@ -172,8 +174,9 @@ class LogNormal(Noise):
         return self.icdf(u, *self.widened(block)).float().to(device)
 
     def steps(self, n=0):
-        """(n,) float64 levels of a sampler, downwards at equal quantiles of EDM's noise, where z comes to
-        tell the target, whatever blocks are trained on. 0: max(n_blocks + 1, 4) of them."""
+        """(n,) float64 levels of a sampler, from sigma_max down to sigma_min at equal quantiles of EDM's noise,
+        whatever noise the blocks are trained with. So with p_mean 1.2 a short chain runs the first and the last
+        block only. n = 0: max(n_blocks + 1, 4) levels."""
         n = n or max(self.n_blocks + 1, 4)
         require(n >= 2, "a sampler needs at least 2 noise levels", n)
         # i / (n - 1) is correctly rounded, so that a level which is an end of a block has the same bits there
@@ -192,8 +195,8 @@ class LogNormal(Noise):
         return torch.ones_like(sigma)
 
     def input_scales(self, sigma):
-        """c_in, c_noise of sigma's shape: a network F reads c_in z and c_noise."""
-        c_in = 1 / (sigma ** 2 + self.sigma_data ** 2).sqrt()    # EDM table 1; c_in * z has unit variance
+        """c_in, c_noise of sigma's shape: a network F reads c_in z, of variance 1 for y of std sigma_data, and c_noise."""
+        c_in = 1 / (sigma ** 2 + self.sigma_data ** 2).sqrt()    # EDM table 1
         c_noise = sigma.log() / 4                                # EDM table 1
         return c_in, c_noise
 
@@ -241,11 +244,13 @@ class Masking(Noise):
         require_finite(self)
         require(self.schedule in ("linear", "cosine"), "schedule must be linear or cosine", self.schedule)
         require(self.n_blocks >= 1, "n_blocks must be at least 1", self.n_blocks)
-        require(self.gamma >= 0, "gamma must be at least 0", self.gamma)
+        require(0 <= self.gamma <= 10, "gamma must be 0 to 10", self.gamma)
         require(0 < self.eps < 0.5, "eps must be above 0 and below 0.5", self.eps)
         times, n = (self.t_min, self.t_max), self.n_blocks
         require(0 <= self.t_min < self.t_max <= 1, "need 0 <= t_min < t_max <= 1", times)
-        self.boundaries = [0.0, *(self.training_time(1 - (n - i) / n) for i in range(1, n)), 1.0]
+        # 1 - (n - i) / n, not i / n: as `widened` computes it, so that both have the same bits
+        inner = [self.training_time(1 - (n - i) / n) for i in range(1, n)]
+        self.boundaries = [0.0, *inner, 1.0]
 
     def mask_probability(self, t):
         """1 - alpha(t), of t's shape."""
@@ -256,16 +261,16 @@ class Masking(Noise):
         """The time at which a token is masked with probability `masked`, a float: 0 to 1."""
         return self._inverse(min(1.0, max(0.0, (masked - self.eps) / (1 - 2 * self.eps))))
 
-    def training_time(self, part):
-        """The time at which a part of alpha's way between t_min and t_max is done."""
+    def training_time(self, fraction):
+        """The time from t_min to t_max at which alpha has fallen by this fraction of its fall between them."""
         lo, hi = self.t_min, self.t_max
         if self.schedule == "cosine":
             lo, hi = math.sin(math.pi / 2 * lo), math.sin(math.pi / 2 * hi)
-        return self._inverse(lo + (hi - lo) * part)
+        return self._inverse(lo + (hi - lo) * fraction)
 
-    def _inverse(self, part):
-        """The time at which a part of alpha's way from 1 - eps to eps is done."""
-        return part if self.schedule == "linear" else 2 / math.pi * math.asin(part)
+    def _inverse(self, fraction):
+        """The time at which alpha has fallen by this fraction of its fall from 1 - eps to eps."""
+        return fraction if self.schedule == "linear" else 2 / math.pi * math.asin(fraction)
 
     def widened(self, block):
         """(lo, hi) that a block is trained on: its step of the training's times and an overlap on either side."""
@@ -320,7 +325,7 @@ def score_loss(error, level, noise):
 
 # ---- Labels and tokens: the space of y that all blocks agree on, and how logits are read from it ----------
 
-@functools.lru_cache(maxsize=2)  # blocks in one process share the tensor
+@functools.lru_cache(maxsize=2)  # on the CPU, blocks in one process share the tensor
 def target_table(n_class, dim, seed):
     """(n_class, dim) float32 unit-norm rows, never trained: orthonormal if n_class <= dim, else Gaussian.
     Drawn on the CPU in float64 and then rounded: blocks trained on different machines have to agree."""
@@ -484,7 +489,7 @@ def score_labels(logits, target, table, noise, n=8):
     prior = (y.flatten(1) ** 2).sum(1).mean().item() / (2 * noise.sigma_max ** 2)
 
     log_p = [average(logits, target.shape, table, noise, [b]) for b in range(n_blocks)]
-    alone = [cross_entropy(own, target).sum().item() for own in log_p]
+    alone = [cross_entropy(log_p_b, target).sum().item() for log_p_b in log_p]
     averaged = cross_entropy(sum(log_p) / n_blocks, target).sum().item()
     return LabelScores(shares, len(y) * (reconstruction + prior), alone, averaged)
 

@@ -79,9 +79,10 @@ class Sampling:
     n_tokens: int = 256         # tokens to add to each
     temperature: float = 1.0    # of the softmax (chain: scale of the starting noise); 0: greedy
     sampler: str = "averaged"   # of blocks: averaged, the mean of their log p; or chain, over noise levels
-    euler_steps: int = 0        # chain: noise levels visited for each token; 0: max(n_blocks + 1, 4)
+    euler_steps: int = 0        # chain: noise levels visited; with few, not all blocks run; 0: max(n_blocks + 1, 4)
 
     def __post_init__(self):
+        require_finite(self)
         require(all(self.prompt), "a prompt must not be empty", list(self.prompt))
         require(self.n_tokens >= 0, "n_tokens must be at least 0", self.n_tokens)
         require(self.temperature >= 0, "temperature must be at least 0", self.temperature)
@@ -199,7 +200,8 @@ def read_cache(cache, x, n_layer):
 
 
 def init_weights(net):
-    """All initialisation (GPT-2): N(0, 0.02). Layers named `out` end a residual branch: less by sqrt(2 layers)."""
+    """All initialisation (GPT-2): N(0, 0.02). Layers named `out`, which end a residual branch: divided by
+    sqrt(2 * number of layers)."""
     for name, p in net.named_parameters():
         if name == "scale_weight":
             nn.init.constant_(p, 16.0)  # of the edm readout: with 1 no softmax would be sharp

@@ -50,8 +50,8 @@ class Config:
 
 
 # A preset names fields of Config, its noise, the data's settings or train.py's Training. Few masks teach little, and
-# nearly all masked too: default and cpu train at t .2 to 1, where neighbours overlap by half a step (see
-# results/choices/README.md). text8 is the paper's.
+# nearly all masked too: default and cpu train at t .2 to 1, and blocks learn half a step of their neighbours' times, too
+# (see results/choices/README.md). text8 is the paper's.
 PRESETS = {
     "default": dict(steps=1200, batch_size=16, lr=3e-3, warmup=100, weight_decay=0.03, beta2=0.99, ema=0.999,
                     t_min=0.2, gamma=0.5),
@@ -70,6 +70,7 @@ class Sampling:
     temperature: float = 1.0    # of the softmax over tokens; 0: the most probable
 
     def __post_init__(self):
+        require_finite(self)
         require(self.n_moves >= 1, "n_moves must be at least 1", self.n_moves)
         require(self.temperature >= 0, "temperature must be at least 0", self.temperature)
         require(self.grid in ("uniform", "cosine"), "grid must be uniform or cosine", self.grid)
@@ -152,8 +153,8 @@ class NoiseEmbedding(nn.Module):
 
 
 def init_masked(net):
-    """All initialisation: N(0, 1 / fan-in), embeddings N(0, 1). Layers named `out` end a residual branch: less by
-    sqrt(2 layers)."""
+    """All initialisation: N(0, 1 / fan-in), embeddings N(0, 1). Layers named `out`, which end a residual branch:
+    divided by sqrt(2 * number of layers)."""
     for name, p in net.named_parameters():
         if p.dim() == 1 or "modulation" in name or name.startswith("head"):
             nn.init.zeros_(p)   # the first guess is uniform (MD4)
@@ -235,8 +236,9 @@ def with_gaps(prompt, tokenizer, mask_id, seq_len):
 def fill(nets, z, sampling):
     """Token ids (B, T) with every mask of z filled by ancestral sampling: what is revealed stays.
 
-    nets: the list of blocks, or one EndToEnd. A move runs the block that owns the time it starts from. The
-    first time is the one that goes with the part of z that is masked: a block sees what it was trained on."""
+    nets: the list of blocks, or one EndToEnd. A move runs the block that owns the time it starts from. The first
+    time is the one at which as much is masked in training as in z. At times below t_min the last block meets fewer
+    masks than it was trained on."""
     blocks = nets if isinstance(nets, list) else [nets]
     noise, mask_id = blocks[0].noise, blocks[0].mask_id
     start = noise.time_of((z == mask_id).float().mean().item())
@@ -249,9 +251,11 @@ def fill(nets, z, sampling):
         else:
             p = (logits / sampling.temperature).softmax(-1)
             token = torch.multinomial(p.flatten(0, 1), 1).view_as(z)         # (B, T)
-        reveal = 1.0  # at the end everything
-        if s > 0:     # else, of what is masked at t, the part that is visible at s
+        if s > 0:
+            # of the tokens that are masked at t, the fraction that is visible at s
             reveal = (1 - noise.mask_probability(s) / noise.mask_probability(t)).item()
+        else:
+            reveal = 1.0  # the last move reveals all that is left
         revealed = (z == mask_id) & (torch.rand(z.shape, device=z.device) < reveal)
         z = torch.where(revealed, token, z)
     return z

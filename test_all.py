@@ -3836,7 +3836,10 @@ def test_no_float64_is_on_a_device_that_has_none(model, flags, tmp_path, monkeyp
     ("--block 0 --epochs 1e308", "epochs must be at most a million"),
     ("--block 0 --batch-size 9 --accumulate 2", "accumulate must divide batch_size 9; got 2"),
     ("--block 0 --p-mean inf", "p_mean must be finite"),
-    ("--block 0 --z-rate nan", "z_rate must be finite")])
+    ("--block 0 --z-rate nan", "z_rate must be finite"),
+    ("--block 0 --gamma 300", "gamma must be 0 to 10; got 300.0"),
+    ("--block 0 --n-blocks 1 --edges one", "edges must be probability, uniform or 0 rising ends"),
+    ("--sample --temperature inf", "temperature must be finite")])
 def test_a_bad_command_line_gets_one_clear_line(line, says, tmp_path):
     with pytest.raises((UserError, argparse.ArgumentError)) as error:
         train.main([*line.split(), "--out", str(tmp_path)])

@@ -92,9 +92,10 @@ class Sampling:
     n_images: int = 10          # held-out images to classify
     sampler: str = "averaged"   # of blocks: averaged, the mean of their log p; or chain, over noise levels
     temperature: float = 0.0    # chain: scale of the starting noise; 0: deterministic
-    euler_steps: int = 0        # chain: noise levels visited for each image; 0: max(n_blocks + 1, 4)
+    euler_steps: int = 0        # chain: noise levels visited; with few, not all blocks run; 0: max(n_blocks + 1, 4)
 
     def __post_init__(self):
+        require_finite(self)
         require(self.n_images >= 1, "n_images must be at least 1", self.n_images)
         require(self.temperature >= 0, "temperature must be at least 0", self.temperature)
         require(self.sampler in ("averaged", "chain"), "sampler must be averaged or chain", self.sampler)
@@ -191,15 +192,16 @@ class NoiseEmbedding(nn.Module):
 
 
 def init_fan_in(net):
-    """All initialisation: N(0, 1 / fan-in); less by sqrt(2 layers) in layers named `out`, which end a
-    residual branch."""
+    """All initialisation: N(0, 1 / fan-in). Layers named `out`, which end a residual branch: divided by
+    sqrt(2 * number of layers)."""
     for name, p in net.named_parameters():
         if name == "scale_weight":
             nn.init.constant_(p, 16.0)  # of the edm readout: with 1 no softmax would be sharp
         elif p.dim() == 1:
             nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)   # norm weights are 1
         elif p.dim() == 3:
-            nn.init.normal_(p)  # positions, as large as patches: at std 0.02 they are learned late, if at all
+            # positions and the label's token, as large as patches: at std 0.02 they are learned late, if at all
+            nn.init.normal_(p)
         elif "modulation" in name or name.startswith("z_in"):
             nn.init.zeros_(p)   # at sigma_max z is pure noise: it enters at 0
         else:
@@ -236,8 +238,8 @@ class Block(nn.Module):
         """Logits (B, V) of the label of images x (B, K, H, W) in [-1, 1], given z (B, C) and sigma (B,)."""
         c_in, c_noise = self.noise.input_scales(sigma)
         cond = self.noise_embedding(c_noise)                                 # (B, 1, n_cond)
-        # c_in gives z the same size at every level. z_rate keeps it small at first: Adam moves all weights at one pace,
-        # and a noisy z would be read before the image is
+        # c_in brings z from a range of 1 to 80 sqrt(C) down to at most sqrt(C). z_rate keeps it small at first: Adam
+        # moves all weights at one pace, and a noisy z would be read before the image is
         token = self.token + self.config.z_rate * self.z_in(c_in[:, None] * z)[:, None]      # (B, 1, C)
         h = torch.cat([token, self.embed(x)], dim=1)                         # (B, 1 + T, C)
         for layer in self.layers:
