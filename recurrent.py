@@ -60,7 +60,9 @@ class Config:
         return replace(self, mean_passes=1)
 
 
-# A preset names fields as in gpt.py. lm1b is the paper's, but for the tokenizer; its baseline: --epochs 5.
+# A preset names fields of Config, its noise, the data's settings or train.py's Training. lm1b has the paper's sizes,
+# schedule and noise. Readout, tokenizer, gates that start at 1, the fixed table, and z that enters at 0 are ours. Its
+# baseline gets --epochs 5.
 PRESETS = {
     "default": dict(steps=400, batch_size=16, lr=6e-3, warmup=50),
     "cpu": dict(steps=1200, batch_size=16, lr=6e-3, warmup=50),  # block, control: --steps 9600, about as long
@@ -73,10 +75,11 @@ PRESETS = {
 class Sampling:
     prompt: tuple = ("\n",)     # one or more texts to continue
     n_tokens: int = 256         # tokens to add to each
-    temperature: float = 1.0    # block: scale of the starting noise; baseline: of the softmax; 0: greedy
+    temperature: float = 1.0    # baseline: of the softmax; block: scale of the starting noise; 0: most probable
     n_passes: int = 32          # passes for each token: of the recurrence, or Euler steps
 
     def __post_init__(self):
+        require_finite(self)
         require(all(self.prompt), "a prompt must not be empty", list(self.prompt))
         require(self.n_tokens >= 0, "n_tokens must be at least 0", self.n_tokens)
         require(self.temperature >= 0, "temperature must be at least 0", self.temperature)
@@ -139,7 +142,9 @@ class MLP(nn.Module):
 
 
 class SandwichLayer(nn.Module):
-    """Huginn's layer: a norm before each sub-layer and another one after each sum; adaLN as in gpt.py."""
+    """Huginn's layer: a norm before each sub-layer and another one after each sum.
+
+    Modulated (adaLN): the noise level shifts, scales and gates both sub-layers; gates start at 1."""
 
     def __init__(self, config, modulated=False):
         super().__init__()
@@ -240,18 +245,21 @@ class Block(Recurrent):
         table = target_table(config.vocab_size, config.n_embd, config.table_seed)  # (V, C)
         self.register_buffer("table", table, persistent=False)
         init_huginn(self, config.n_prelude + config.n_core + config.n_coda)
-        nn.init.zeros_(self.adapter.weight[:, :config.n_embd])  # z enters at zero, as in gpt.py
+        nn.init.zeros_(self.adapter.weight[:, :config.n_embd])  # z enters at 0: at sigma_max it is pure noise
         self.title = "all layers, a pass at a time, sigma {:.3g} to {:.3g}".format(*self.noise.interval(b))
 
     def features(self, e, z, sigma, start=0, past=None):
         """(B, T, C), what the head reads in slots of e and z (B, T, C) at sigma (B,), after those of the
         past; and the slots' keys and values in core and coda."""
         c_in, c_noise = self.noise.input_scales(sigma)
-        cond, n = self.noise_embedding(c_noise), self.config.n_core          # (B, 1, n_cond)
+        cond = self.noise_embedding(c_noise)                                 # (B, 1, n_cond)
+        past_core, past_coda = None, None
+        if past is not None:
+            past_core, past_coda = past[:self.config.n_core], past[self.config.n_core:]
         h = torch.cat([self.config.z_rate * c_in[:, None, None] * z, e], dim=-1)             # (B, T, 2C)
         # the stream stays in float32: in bf16 the sum of many small changes would be lost
-        h, core = run(self.core, self.adapter(h).float(), start, past and past[:n], cond)
-        h, coda = run(self.coda, self.norm(h), start, past and past[n:], cond)
+        h, core = run(self.core, self.adapter(h).float(), start, past_core, cond)
+        h, coda = run(self.coda, self.norm(h), start, past_coda, cond)
         return self.norm(h), core + coda                                     # (B, T, C), pairs of all layers
 
     def readout(self, h, z, sigma):
@@ -357,7 +365,7 @@ def next_token_end_to_end(net, tokens, temperature, n_passes):
 
 @dataclass
 class Cache:
-    """What a block keeps of a window whose last token is new: all but the last slot have known targets.
+    """What a block keeps between two tokens. The last slot is open: its target is the next token.
 
     Keys and values are [(k, v)] of all layers, (N, H, T, D) each. Those of the slots depend on the noise level, so
     they are kept for every level that the sampler visits."""
@@ -370,13 +378,14 @@ def next_token(block, tokens, cache, temperature, n_passes):
     """A token (N,) after tokens (N, T), and a Cache of them; the one given is of all but the last, or None."""
     if cache is None:
         e, prelude = block.condition(tokens)                                 # (N, T, C)
-        cache = Cache(None, None)
+        past_slots = {}
     else:
         last = tokens.shape[1] - 1
         e, new = block.condition(tokens[:, last:], last, cache.prelude)      # (N, 1, C)
         prelude = extended(cache.prelude, new)
         e = torch.cat([cache.e, e], dim=1)                                   # (N, 2, C)
-    following = Cache(prelude, e[:, -1:])
+        past_slots = cache.slots
+    following = Cache(prelude, e[:, -1:])  # for the next call; `denoise` fills its slots
     # the slots to run: n whose targets have become known, and the open one
     n = e.shape[1] - 1
     start = tokens.shape[1] - e.shape[1]
@@ -384,14 +393,16 @@ def next_token(block, tokens, cache, temperature, n_passes):
 
     def denoise(z, sigma):
         level = torch.full((len(z),), sigma, device=z.device)
-        slots = torch.cat([block.noise.corrupt(known, level), z], dim=1)     # (N, n + 1, C), as in training
-        past = cache.slots.get(sigma)
+        # known slots are noisy, as in training; so the seed matters also at temperature 0
+        slots = torch.cat([block.noise.corrupt(known, level), z], dim=1)     # (N, n + 1, C)
+        past = past_slots.get(sigma)
         logits, new = block.logits(e, slots, level, start, past)             # (N, n + 1, V)
         following.slots[sigma] = extended(past, [(k[:, :, :n], v[:, :, :n]) for k, v in new])
         return logits[:, -1:].softmax(-1) @ block.table                      # (N, 1, C)
     z = temperature * block.noise.sigma_max * torch.randn_like(e[:, -1:])    # (N, 1, C)
     steps = block.noise.steps(max(2, n_passes))[:n_passes]                   # a single pass is at sigma_max
     d = euler(denoise, z, steps)                                             # (N, 1, C)
+    # after one pass d is still a mean of rows, and the row nearest to it may not be the most probable token
     return (d @ block.table.T).argmax(-1)[:, 0], following
 
 

@@ -56,8 +56,8 @@ def update(learner):
     training, step = learner.job.training, learner.step
     set_lr(learner.optimizer, lr_at(step, training))
     if learner.recorded is not None:
-        # on CUDA: what the other branch does, from the fourth call on replayed as one launch
-        learner.recorded(draw(learner, step))  # `forward_backward` and `clip_and_step`
+        # on CUDA: the same forward, backward, clip and step as below; from the fourth call on they are one launch
+        learner.recorded(draw(learner, step))
     else:
         for piece in learner.pieces:  # of the batch: usually one, all of it
             batch = draw(learner, step * training.accumulate + piece)
@@ -147,8 +147,8 @@ def lr_at(step, training):
 
 @dataclass
 class Training:
-    """What decides the weights. --resume takes it from the checkpoint, and refuses other values: but of compile,
-    which changes last bits only, and of steps where the learning rate is constant."""
+    """The settings that decide the weights. --resume takes them from the checkpoint, and refuses others. Two may
+    differ: compile, which changes the last bits only, and steps, if the learning rate is constant (--final-lr 1)."""
     steps: int = 1000           # optimizer updates for each block (and as many for the baseline)
     epochs: float = 0.0         # passes over the data in the place of steps; 0: as --steps says
     batch_size: int = 16        # sequences or images in an update
@@ -260,8 +260,8 @@ class Learner:
         clip_and_step(self)
 
     def autocast(self):
-        """Where matrix products are in bf16, if so asked. Casts are not kept: a cast that was kept by a pass
-        without gradients, of recurrent's baseline, would have none later (until torch 2.10 or so)."""
+        """Where matrix products are in bf16, if so asked. There is no cache of bf16 copies of weights: a copy
+        that a pass without gradients has made (recurrent's baseline) would give none later (until torch 2.10 or so)."""
         bf16 = self.job.training.precision == "bf16"
         return torch.autocast(self.job.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
@@ -419,8 +419,8 @@ class Recorded:
             return None
         if self.graph is None:
             self.record(batch)
-        for own, given in zip(tensors(self.batch), tensors(batch)):
-            own.copy_(given)
+        for recorded, given in zip(tensors(self.batch), tensors(batch)):
+            recorded.copy_(given)
         self.graph.replay()
 
     def watch(self, batch):
