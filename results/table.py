@@ -404,13 +404,13 @@ def gpu_updates():
             update_row("dit cifar10", "gpu/update/dit_time.json", 3),
             update_row("mdm text8", "gpu/update/mdm_time.json", 3),
             update_row("gpt cpu, batches of 64", "gpu/update/gpt_time.json", 4)]
-    # in a whole run; block 0 was the first to be compiled, so a block's time is the mean of the other two
+    # each part's first updates compile it, but blocks 1 and 2 use what was compiled for block 0
     runs = "gpu/vit_cifar100_29epochs"
     whole = numbers(f"{runs}/ours/end_to_end.jsonl", "ms")[0]
-    block = statistics.mean(numbers(f"{runs}/ours/block_[12].jsonl", "ms"))
+    blocks = numbers(f"{runs}/ours/block_?.jsonl", "ms")
     control = numbers(f"{runs}/long/control.jsonl", "ms")[0]
-    rows.append(["vit cifar100, mean of a whole run", "", f"{whole:.2f}", "", "", f"{block:.2f}", "", "",
-                 f"{control:.2f}", "", "", f"{100 * 3 * block / whole:.0f}"])
+    rows.append(["vit cifar100, mean of a whole run, compilation included", "", f"{whole:.2f}", "", "",
+                 f"{blocks[0]:.2f}", "", "", f"{control:.2f}", "", "", f"{100 * sum(blocks) / whole:.0f}"])
     return lines(head, rows)
 
 
