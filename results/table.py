@@ -352,9 +352,10 @@ def tenth():
 
 
 def masks():
-    """mdm's bound after training at a part of the times, at both budgets on a CPU."""
+    """mdm's bound after training at a part of the times, at both budgets on a CPU, seed 0."""
     def of(log, row):
         return cell(scores(f"choices/masks/{log}.json", f"{TEXT} (bound)", row, BITS), 3)
+    longer = scores("cpu/seed0/mdm/compare.json", f"{TEXT} (bound)", LONGER, BITS)
     half = ", overlap .5"
     return lines(["", "trained at t", "default, 1,200 updates", "`--preset cpu`, 4,000 updates"], [
         ["end to end", "0 to 1", "", of("whole", "end to end")],
@@ -369,7 +370,7 @@ def masks():
         ["", ".2 to .7", of("eval3", "control"), of("cpu2", "control")],
         ["", ".2 to .6", of("eval5", "control"), ""],
         ["control with the updates of all blocks", "0 to 1", "", of("whole_long", LONGER)],
-        ["", ".2 to .7", "", cell(longer_scores("mdm"), 3)],
+        ["", ".2 to .7", "", cell(longer, 3)],
         ["blocks", "0 to 1, overlap .05", "", of("whole", "blocks")],
         ["", ".2 to 1" + half, of("eval1", "blocks"), of("cpu", "blocks")],
         ["", ".2 to .9" + half, of("eval2", "blocks"), ""],
