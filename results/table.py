@@ -97,7 +97,8 @@ def dit_losses(row):
 
 
 def dit_distances(row):
-    return scores("cpu/seed*/dit/frechet.json", "generated images", f"{row}, guidance 1",
+    log = "frechet_long" if row == LONGER else "frechet"
+    return scores(f"cpu/seed*/dit/{log}.json", "generated images", f"{row}, guidance 1",
                   "Frechet distance, features of EfficientNet-lite0")
 
 
@@ -161,7 +162,7 @@ def main():
         main_row("dit", "CIFAR-10: denoising loss ↓", 4, dit_losses("end to end"), dit_losses("control"),
                  longer_scores("dit"), dit_losses("blocks")),
         main_row("dit", "CIFAR-10: Fréchet distance ↓", 0, dit_distances("end to end"),
-                 dit_distances("control"), (), dit_distances("blocks"))])
+                 dit_distances("control"), dit_distances(LONGER), dit_distances("blocks"))])
 
 
 def short_row(model, task, digits, end_to_end, control, longer, blocks):
@@ -183,7 +184,7 @@ def short():
         short_row("dit", "`dit`, CIFAR-10: denoising loss ↓", 4, dit_losses("end to end"),
                   dit_losses("control"), longer_scores("dit"), dit_losses("blocks")),
         short_row("dit", "`dit`, CIFAR-10: Fréchet distance ↓", 0, dit_distances("end to end"),
-                  dit_distances("control"), (), dit_distances("blocks"))])
+                  dit_distances("control"), dit_distances(LONGER), dit_distances("blocks"))])
 
 
 # one pass through a block's layers, which a control costs too
@@ -285,7 +286,7 @@ def dit():
     losses = [scores("cpu/seed*/dit/long_scores.json", "denoising loss by block", f"block {b}", LONGER)
               for b in range(3)]
     rows.insert(2, ["control with the updates of all blocks", cell(longer_scores("dit"), 4),
-                    *(cell(loss, 4) for loss in losses), ""])
+                    *(cell(loss, 4) for loss in losses), cell(dit_distances(LONGER), 1)])
     return lines(["", "denoising loss", "interval of block 0", "of block 1", "of block 2", "Fréchet distance"],
                  rows)
 
