@@ -107,6 +107,23 @@ def curves():
     save(figure, "curves")
 
 
+def tenth():
+    """dit on a tenth of CIFAR-10: held-out loss over epochs and over minutes of training."""
+    tables = json.loads((HERE / "cpu/tenth/dit/curves.json").read_text())["tables"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for name, colour in (("end to end", BASELINE), ("control", CONTROL), ("blocks", BLOCKS[0])):
+        rows = tables[name]
+        epochs = [int(step) * 64 / 5000 for step in rows]
+        losses = [row["weighted squared error"] for row in rows.values()]
+        minutes = [row["minutes"] for row in rows.values()]
+        left.plot(epochs, losses, color=colour, marker=".", label=name)
+        right.plot(minutes, losses, color=colour, marker=".", label=name)
+    left.set(xlabel="epochs of each network", ylabel="dit: loss on held-out images")
+    right.set(xlabel="minutes of training, one CPU core")
+    left.legend(fontsize=8)
+    save(figure, "tenth")
+
+
 # ---- Images that dit made ---------------------------------------------------------------------------------
 
 def draw_pair(name, end_to_end, blocks):
@@ -311,6 +328,6 @@ def idea():
 
 if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
-    for draw in (idea, edges, curves, dit_grids):
+    for draw in (idea, edges, curves, tenth, dit_grids):
         draw()
         print(f"drew {draw.__name__}")
