@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE / "choices" / "README.md")
+PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE / "gpu" / "README.md", HERE / "choices" / "README.md")
 
 
 # ---- Numbers from logs ------------------------------------------------------------------------------------
@@ -32,6 +32,12 @@ def reports(pattern):
             text = text.replace(old, new)
         found.append(json.loads(text))
     return found
+
+
+def last_update(log, part):
+    """The last line of a part in a log that holds several."""
+    rows = [json.loads(line) for line in (HERE / log).read_text().splitlines()]
+    return [row for row in rows if row["part"] == part][-1]
 
 
 def lookup(report, keys):
@@ -77,6 +83,7 @@ def lines(head, rows):
 
 BITS = "bits per byte"
 TEXT = "bits per byte on held-out text"
+LOSS = "denoising loss on held-out images"
 
 
 def vit_scores(row, column="accuracy, %"):
@@ -92,8 +99,14 @@ def mdm_scores(row):
     return scores("cpu/seed*/mdm/compare.json", f"{TEXT} (bound)", row, BITS)
 
 
+def dit_scores(row, *keys):
+    """Of seed 0, which was trained on a CPU, and of seed 1, on a GPU in float32."""
+    log = "long_scores" if row == LONGER else "eval"
+    return scores(f"cpu/seed0/dit/{log}.json", *keys) + scores("gpu/dit_cpu/seed1.json", *keys)
+
+
 def dit_losses(row):
-    return scores("cpu/seed*/dit/eval.json", "denoising loss on held-out images", row, "weighted squared error")
+    return dit_scores(row, LOSS, row, "weighted squared error")
 
 
 def dit_distances(row):
@@ -113,8 +126,7 @@ def longer_scores(model):
         return scores("cpu/seed*/gpt/compare.json", TEXT, LONGER, BITS)
     if model == "mdm":
         return mdm_scores(LONGER)
-    return scores("cpu/seed*/dit/long_scores.json", "denoising loss on held-out images", LONGER,
-                  "weighted squared error")
+    return dit_losses(LONGER)
 
 
 def best_block(model, column):
@@ -170,20 +182,48 @@ def short_row(model, task, digits, end_to_end, control, longer, blocks):
     return [task, *values, f"{peak_share(model, 'one block')} %", f"{time_share(model, 'all blocks')} %"]
 
 
+def gpu_row(model, task, digits, end_to_end, control, longer, blocks, time):
+    """Of the paper's networks, on a GPU; time: of all blocks, % of the baseline's."""
+    values = [cell(found, digits) for found in (end_to_end, control, longer, blocks)]
+    memory = cell(scores(f"gpu/{model}/memory.json", "of end to end, %", "one block", "peak"), 0)
+    return [task, *values, f"{memory} %", f"{time:.0f} %"]
+
+
+def gpu_rows():
+    """The paper's networks, for a part of its epochs."""
+    def accuracy(folder, row):
+        return scores(f"{CIFAR100}/{folder}/eval.json", "held-out images", row, "accuracy, %")
+
+    def loss(row):
+        return scores(f"{CIFAR10}/compare.json", LOSS, row, "weighted squared error")
+    whole, blocks = whole_run()
+    vit_time = 100 * sum(blocks) / whole
+    dit_time = float(update_row("", "gpu/update/dit_time.json", 3)[-1])
+    return [
+        gpu_row("vit_cifar100", "`vit --preset cifar100-ours`, 29 of 500 epochs: accuracy, % ↑", 1,
+                accuracy("ours", "end to end"), accuracy("ours", "control"), accuracy("long", "control"),
+                accuracy("ours", "blocks, averaged"), vit_time),
+        gpu_row("dit_cifar10", "`dit --preset cifar10`, 20 of 100 epochs: denoising loss ↓", 4, loss("end to end"),
+                loss("control"), loss(LONGER), loss("blocks"), dit_time),
+        gpu_row("dit_cifar10", "the same: Fréchet distance ↓", 0, distance("end to end", 1), distance("control", 1),
+                distance(LONGER, 1), distance("blocks", 1), dit_time)]
+
+
 def short():
     """For a first screen: the rows that can judge, with the readout of the blocks that is the default."""
-    head = ["`--preset cpu`", "end to end", "control", "control, compute of all blocks", "**blocks**",
+    head = ["", "end to end", "control", "control, compute of all blocks", "**blocks**",
             "memory of a block's update, of end to end", "time of all blocks' updates"]
     return lines(head, [
-        short_row("vit", "`vit`, CIFAR-100: accuracy, % ↑", 1, vit_scores("end to end"), vit_scores("control"),
-                  longer_scores("vit"), vit_scores("blocks, averaged")),
-        short_row("gpt", "`gpt`, Python sources: bits per byte ↓", 3, text_scores("gpt", "end to end"),
+        *gpu_rows(),
+        short_row("vit", "`vit --preset cpu`, CIFAR-100: accuracy, % ↑", 1, vit_scores("end to end"),
+                  vit_scores("control"), longer_scores("vit"), vit_scores("blocks, averaged")),
+        short_row("gpt", "`gpt --preset cpu`, Python sources: bits per byte ↓", 3, text_scores("gpt", "end to end"),
                   text_scores("gpt", "control"), longer_scores("gpt"), text_scores("gpt", "blocks, averaged")),
-        short_row("mdm", "`mdm`, Python sources: bits per byte ↓", 3, mdm_scores("end to end"),
+        short_row("mdm", "`mdm --preset cpu`, Python sources: bits per byte ↓", 3, mdm_scores("end to end"),
                   mdm_scores("control"), longer_scores("mdm"), mdm_scores("blocks")),
-        short_row("dit", "`dit`, CIFAR-10: denoising loss ↓", 4, dit_losses("end to end"),
+        short_row("dit", "`dit --preset cpu`, CIFAR-10: denoising loss ↓", 4, dit_losses("end to end"),
                   dit_losses("control"), longer_scores("dit"), dit_losses("blocks")),
-        short_row("dit", "`dit`, CIFAR-10: Fréchet distance ↓", 0, dit_distances("end to end"),
+        short_row("dit", "the same: Fréchet distance ↓", 0, dit_distances("end to end"),
                   dit_distances("control"), dit_distances(LONGER), dit_distances("blocks"))])
 
 
@@ -277,18 +317,31 @@ def mdm():
     return lines(["", "bound", *intervals], rows)
 
 
+def loss_row(name, log, row, n_blocks=3):
+    """A row of compare.py on dit: the loss, in all and in the interval of each of three blocks."""
+    intervals = ["", "", ""]
+    if n_blocks == 3:
+        intervals = [cell(scores(log, "denoising loss by block", f"block {b}", row), 4) for b in range(3)]
+    return [name, cell(scores(log, LOSS, row, "weighted squared error"), 4), *intervals, ""]
+
+
 def dit():
     """dit's denoising loss, in all and in each block's interval, and the distance of its images."""
     rows = []
-    for row in ("end to end", "control", "blocks"):
-        losses = [scores("cpu/seed*/dit/eval.json", "denoising loss by block", f"block {b}", row)
-                  for b in range(3)]
-        rows.append([row, cell(dit_losses(row), 4), *(cell(loss, 4) for loss in losses),
+    for row, name in (("end to end", "6 layers, end to end"), ("control", "control, 2 layers"),
+                      (LONGER, "control with the updates of all blocks"), ("blocks", "3 blocks of 2 layers")):
+        intervals = [dit_scores(row, "denoising loss by block", f"block {b}", row) for b in range(3)]
+        rows.append([name, cell(dit_losses(row), 4), *(cell(loss, 4) for loss in intervals),
                      cell(dit_distances(row), 1)])
-    losses = [scores("cpu/seed*/dit/long_scores.json", "denoising loss by block", f"block {b}", LONGER)
-              for b in range(3)]
-    rows.insert(2, ["control with the updates of all blocks", cell(longer_scores("dit"), 4),
-                    *(cell(loss, 4) for loss in losses), cell(dit_distances(LONGER), 1)])
+    rows += [
+        loss_row("blocks of 1, 2 and 3 layers", "gpu/dit_cpu/split.json", "blocks"),
+        loss_row("blocks with 4,000, 4,000 and 10,000 updates", "gpu/dit_cpu/updates.json", "blocks"),
+        loss_row("12 layers, end to end", "gpu/dit_cpu/layers12.json", "end to end"),
+        loss_row("control, 4 layers", "gpu/dit_cpu/layers12.json", "control"),
+        loss_row("control with the updates of all blocks", "gpu/dit_cpu/layers12.json", LONGER),
+        loss_row("3 blocks of 4 layers", "gpu/dit_cpu/layers12.json", "blocks"),
+        loss_row("the same, overlap .2", "gpu/dit_cpu/layers12_gamma2.json", "blocks"),
+        loss_row("2 blocks of 6 layers", "gpu/dit_cpu/layers12_blocks2.json", "blocks", n_blocks=2)]
     return lines(["", "denoising loss", "interval of block 0", "of block 1", "of block 2", "Fréchet distance"],
                  rows)
 
@@ -342,7 +395,7 @@ def tenth_scores(row, column="accuracy, %"):
 
 def digits_loss(row):
     """dit's default, on digits."""
-    return scores("cpu/default/dit/compare.json", "denoising loss on held-out images", row, "weighted squared error")
+    return scores("cpu/default/dit/compare.json", LOSS, row, "weighted squared error")
 
 
 def tenth():
@@ -355,7 +408,7 @@ def tenth():
             ("as many controls as blocks, averaged", "3 controls, averaged", ""),
             ("**blocks** (vit: averaged)", "blocks, averaged", "blocks"),
             ("block 2 alone, the best of the three", "block 2 alone", "")):
-        loss = scores("cpu/tenth/dit/compare.json", "denoising loss on held-out images", dit_row,
+        loss = scores("cpu/tenth/dit/compare.json", LOSS, dit_row,
                       "weighted squared error")
         rows.append([name, cell(tenth_scores(vit_row), 1), cell(tenth_scores(vit_row, "bits per label"), 2),
                      cell(loss, 4), cell(digits_loss(dit_row), 4)])
@@ -421,13 +474,21 @@ def gpu_updates():
             update_row("mdm text8", "gpu/update/mdm_time.json", 3),
             update_row("gpt cpu, batches of 64", "gpu/update/gpt_time.json", 4)]
     # each part's first updates compile it, but blocks 1 and 2 use what was compiled for block 0
-    runs = "gpu/vit_cifar100_29epochs"
-    whole = numbers(f"{runs}/ours/end_to_end.jsonl", "ms")[0]
-    blocks = numbers(f"{runs}/ours/block_?.jsonl", "ms")
-    control = numbers(f"{runs}/long/control.jsonl", "ms")[0]
+    whole, blocks = whole_run()
+    control = numbers(f"{CIFAR100}/long/control.jsonl", "ms")[0]
     rows.append(["vit cifar100, mean of a whole run, compilation included", "", f"{whole:.2f}", "", "",
                  f"{blocks[0]:.2f}", "", "", f"{control:.2f}", "", "", f"{100 * sum(blocks) / whole:.0f}"])
     return lines(head, rows)
+
+
+CIFAR100 = "gpu/vit_cifar100_29epochs"
+CIFAR10 = "gpu/dit_cifar10_20epochs"
+
+
+def whole_run():
+    """Milliseconds of an update of vit cifar100, the mean over a whole run: (end to end, [each block])."""
+    log = f"{CIFAR100}/ours/train.jsonl"
+    return last_update(log, "end_to_end")["ms"], [last_update(log, f"block_{b}")["ms"] for b in range(3)]
 
 
 def gpu_cifar100():
@@ -443,11 +504,30 @@ def gpu_cifar100():
              " each"),
             ("the same, chain from z = 0", "paper", "blocks, chain from z = 0", "", ""),
             ("the same, chain from noise", "paper", "blocks, chain from noise", "", "")):
-        log = f"gpu/vit_cifar100_29epochs/{folder}/eval.json"
+        log = f"{CIFAR100}/{folder}/eval.json"
         updates = f"{numbers(log, 'updates', trained)[0]:,}{note}" if trained else ""
         rows.append([name, updates, cell(scores(log, "held-out images", row, "accuracy, %"), 1),
                      cell(scores(log, "held-out images", row, "bits per label"), 3)])
     return lines(["", "updates", "accuracy, %", "bits per label"], rows)
+
+
+def distance(row, guidance):
+    log = f"{CIFAR10}/frechet.json" if guidance == 1 else f"{CIFAR10}/frechet_guidance{guidance}.json"
+    return scores(log, "generated images", f"{row}, guidance {guidance}",
+                  "Frechet distance, features of EfficientNet-lite0")
+
+
+def gpu_cifar10():
+    """dit --preset cifar10, 20 of the paper's 100 epochs."""
+    rows = []
+    for row, name in (("end to end", "end to end, 12 layers"), ("control", "control, 4 layers"),
+                      (LONGER, "control, 4 layers, the updates of all blocks"), ("blocks", "3 blocks of 4 layers")):
+        part = LONGER if row == LONGER else "end_to_end"  # the updates of any other are those of the baseline
+        updates = f"{last_update(f'{CIFAR10}/train.jsonl', part)['step']:,}" + (" each" if row == "blocks" else "")
+        rows.append([name, updates, *loss_row("", f"{CIFAR10}/compare.json", row)[1:5],
+                     cell(distance(row, 1), 0), cell(distance(row, 2), 0)])
+    return lines(["", "updates", "denoising loss", "interval of block 0", "of block 1", "of block 2",
+                  "Fréchet distance", "with guidance 2"], rows)
 
 
 def gpu_memory():
@@ -515,8 +595,8 @@ def why():
 
 
 TABLES = {function.__name__: function for function in (
-    main, short, best, readouts, mdm, dit, recurrent, cost, tenth, masks, gpu_updates, gpu_cifar100, gpu_memory, noise,
-    why)}
+    main, short, best, readouts, mdm, dit, recurrent, cost, tenth, masks, gpu_updates, gpu_cifar100, gpu_cifar10,
+    gpu_memory, noise, why)}
 
 
 # ---- Pages ------------------------------------------------------------------------------------------------
