@@ -64,7 +64,7 @@ PRESETS = {
 
 @dataclass
 class Sampling:
-    prompt: tuple = ("<gap:256>",)  # one or more texts; <gap:8> in a text is filled with eight tokens
+    prompt: tuple = ()          # one or more texts; <gap:8> in a text is filled with eight tokens; none: one long gap
     n_moves: int = 64           # moves from all masks to none
     grid: str = "uniform"       # of t: uniform or cosine (MD4), which reveals fewer tokens at first
     temperature: float = 1.0    # of the softmax over tokens; 0: the most probable
@@ -266,7 +266,7 @@ def sample(nets, sampling, data):
     net = nets[0] if isinstance(nets, list) else nets
     device = net.embed.weight.device
     texts = []
-    for prompt in sampling.prompt:
+    for prompt in sampling.prompt or (f"<gap:{net.config.seq_len}>",):
         z = with_gaps(prompt, data.tokenizer, net.mask_id, net.config.seq_len)           # (1, T)
         tokens = fill(nets, z.to(device), sampling)                                      # (1, T)
         texts.append(data.tokenizer.decode(tokens[0].tolist()))

@@ -1758,6 +1758,14 @@ def test_mdm_fills_each_prompt_as_told(part, monkeypatch):
         assert call["sampling"] is sampling
 
 
+def test_mdm_fills_a_window_of_gaps_without_a_prompt():
+    nets = nets_of(mdm, "blocks")
+
+    text = mdm.sample(nets, mdm.Sampling(n_moves=2), SimpleNamespace(tokenizer=Letters()))
+
+    assert len(text) == nets[0].config.seq_len
+
+
 @pytest.mark.parametrize("part", ["blocks", "end_to_end"])
 def test_dit_generates_as_told(part, monkeypatch):
     calls = record_arguments(dit, "generate_images", monkeypatch)
