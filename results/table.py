@@ -279,6 +279,8 @@ def best():
                  mdm_scores("blocks"), mdm_scores("blocks")),
         best_row("dit", "dit, 6 layers, loss ↓", 4, dit_losses("end to end"), dit_losses("control"),
                  longer_scores("dit"), dit_losses("blocks"), dit_losses("blocks")),
+        best_row("dit", "dit, a tenth of CIFAR-10, loss ↓", 4, tenth_loss("end to end"), tenth_loss("control"),
+                 tenth_loss(LONGER), tenth_loss("blocks"), tenth_loss("blocks")),
         best_row("dit", "dit, digits, loss ↓", 4, digits_loss("end to end"), digits_loss("control"),
                  digits_loss(LONGER), digits_loss("blocks"), digits_loss("blocks"), folder="cpu/default/dit"),
         best_row("vit", "vit, H200, 29 epochs, % ↑", 1, cifar100("ours", "end to end"), cifar100("ours", "control"),
@@ -411,6 +413,11 @@ def tenth_scores(row, column="accuracy, %"):
     return scores("cpu/tenth/vit/compare.json", "held-out images", row, column)
 
 
+def tenth_loss(row):
+    """dit on a tenth of CIFAR-10."""
+    return scores("cpu/tenth/dit/compare.json", LOSS, row, "weighted squared error")
+
+
 def digits_loss(row):
     """dit's default, on digits."""
     return scores("cpu/default/dit/compare.json", LOSS, row, "weighted squared error")
@@ -426,10 +433,8 @@ def tenth():
             ("as many controls as blocks, averaged", "3 controls, averaged", ""),
             ("**blocks** (vit: averaged)", "blocks, averaged", "blocks"),
             ("block 2 alone, the best of the three", "block 2 alone", "")):
-        loss = scores("cpu/tenth/dit/compare.json", LOSS, dit_row,
-                      "weighted squared error")
         rows.append([name, cell(tenth_scores(vit_row), 1), cell(tenth_scores(vit_row, "bits per label"), 2),
-                     cell(loss, 4), cell(digits_loss(dit_row), 4)])
+                     cell(tenth_loss(dit_row), 4), cell(digits_loss(dit_row), 4)])
     chain = scores("cpu/tenth/vit/eval.json", "held-out images", "blocks, chain from z = 0", "accuracy, %")
     rows.append(["blocks, chain from z = 0", cell(chain, 1), "", "", ""])
     head = ["", "vit, a tenth of CIFAR-100: accuracy, %", "vit: bits per label",
