@@ -21,6 +21,7 @@ from diffusion_blocks import LogNormal
 
 BLOCKS = ["#1b4b8a", "#d9822b", "#3f9e6b", "#8a3f7d"]
 BASELINE, CONTROL = "#222222", "#777777"
+LONGER = "control, as long as all blocks"
 plt.rcParams.update({
     "figure.facecolor": "#fbfaf7", "axes.facecolor": "#fbfaf7", "savefig.facecolor": "#fbfaf7",
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
@@ -78,7 +79,7 @@ def longer_control(model, title, column):
         last = json.loads(log.read_text().splitlines()[-1])
         minutes.append(last["step"] * last["ms"] / 60_000)
         tables = json.loads(log.with_name("compare.json").read_text())["tables"]
-        scores.append(tables[title]["control, as long as all blocks"][column])
+        scores.append(tables[title][LONGER][column])
     return np.mean(minutes), np.mean(scores)
 
 
@@ -114,26 +115,37 @@ def update_times(model):
     return {network: row["ms"] for network, row in tables[title].items()}
 
 
-def tenth():
-    """dit on a tenth of CIFAR-10: held-out loss over epochs, and over what the updates cost."""
-    tables = json.loads((HERE / "cpu/tenth/dit/curves.json").read_text())["tables"]
-    ms = update_times("dit")
-    whole = ms["end to end"] * max(int(step) for step in tables["end to end"])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    for name, timed, colour, line in (("end to end", "end to end", BASELINE, "-"),
-                                      ("control", "control", CONTROL, "-"),
-                                      ("blocks", "all blocks", BLOCKS[0], "-"),
-                                      ("control, as long as all blocks", "control", CONTROL, "--")):
+def draw_tenth(left, right, model, n_steps, score, label, networks):
+    """Held-out scores over epochs (left), and over what the updates cost (right). networks: {row of curves.json:
+    (row of bench.json, colour, line, whether it has as many epochs as the others)}."""
+    tables = json.loads((HERE / f"cpu/tenth/{model}/curves.json").read_text())["tables"]
+    ms = update_times(model)
+    for name, (timed, colour, line, usual) in networks.items():
         updates = np.array([int(step) for step in tables[name]])
-        losses = [row["weighted squared error"] for row in tables[name].values()]
+        scores = [row[score] for row in tables[name].values()]
         style = dict(color=colour, linestyle=line, marker=".", label=name)
-        if name in ("end to end", "control", "blocks"):  # the longer control has 300 epochs
-            left.plot(updates * 64 / 5000, losses, **style)
-        right.plot(100 * updates * ms[timed] / whole, losses, **style)
-    left.set(xlabel="epochs of each network", ylabel="dit: loss on held-out images")
+        if usual:
+            left.plot(100 * updates / n_steps, scores, **style)
+        right.plot(100 * updates * ms[timed] / (n_steps * ms["end to end"]), scores, **style)
+    left.set(xlabel="epochs of each network", ylabel=label)
     right.set(xlabel="time of training, % of the baseline's 100 epochs")
     left.legend(fontsize=8)
-    right.legend(fontsize=8)
+
+
+def tenth():
+    """vit and dit on a tenth of CIFAR, for 100 epochs of 7,813 updates."""
+    figure, (above, below) = plt.subplots(2, 2, figsize=(9, 7), sharey="row")
+    shallow = {"end to end": ("end to end", BASELINE, "-", True), "control": ("control", CONTROL, "-", True)}
+    draw_tenth(*above, "vit", 7813, "right, %", "vit, a tenth of CIFAR-100: accuracy, %", {
+        **shallow, "blocks, averaged": ("all blocks", BLOCKS[0], "-", True)})
+    longer = json.loads((HERE / "cpu/tenth/vit/compare.json").read_text())["tables"]["held-out images"][LONGER]
+    ms = update_times("vit")
+    above[1].plot(300 * ms["control"] / ms["end to end"], longer["accuracy, %"], color=CONTROL, marker="*",
+                  markersize=10, linestyle="none", label=LONGER)
+    draw_tenth(*below, "dit", 7813, "weighted squared error", "dit, a tenth of CIFAR-10: denoising loss", {
+        **shallow, "blocks": ("all blocks", BLOCKS[0], "-", True), LONGER: ("control", CONTROL, "--", False)})
+    for axis in (above[1], below[1]):
+        axis.legend(fontsize=8)
     save(figure, "tenth")
 
 
