@@ -275,7 +275,7 @@ def best():
                  tenth_scores("3 controls, averaged"), highest=True),
         best_row("gpt", "gpt, bits ↓", 3, text_scores("gpt", "end to end"), text_scores("gpt", "control"),
                  longer_scores("gpt"), text_scores("gpt", "blocks, averaged"), best_block("gpt", "bits")),
-        best_row("mdm", "mdm, bits ↓", 3, mdm_scores("end to end"), mdm_scores("control"), longer_scores("mdm"),
+        best_row("mdm", "mdm, 6 layers, bits ↓", 3, mdm_scores("end to end"), mdm_scores("control"), longer_scores("mdm"),
                  mdm_scores("blocks"), mdm_scores("blocks")),
         best_row("dit", "dit, 6 layers, loss ↓", 4, dit_losses("end to end"), dit_losses("control"),
                  longer_scores("dit"), dit_losses("blocks"), dit_losses("blocks")),
@@ -321,20 +321,32 @@ def readouts():
         evaluated_row("block 0 alone", "block 0 alone")])
 
 
+INTERVALS = {"t 0.733 to 1": "block 0, t 0.733 to 1", "0.467 to 0.733": "block 1, t 0.467 to 0.733",
+             "0 to 0.467": "block 2, t 0 to 0.467"}
+
+
+def mdm_row(name, log, row):
+    """A row of compare.py on mdm: the bound, and the part of it in the interval of each block."""
+    shares = [scores(log, "the bound by interval, bits per byte", interval, row) for interval in INTERVALS.values()]
+    return [name, cell(scores(log, f"{TEXT} (bound)", row, BITS), 3), *(cell(share, 3) for share in shares)]
+
+
 def mdm():
-    """mdm's bound, and the part of it in the interval of each block."""
-    intervals = {"t 0.733 to 1": "block 0, t 0.733 to 1", "0.467 to 0.733": "block 1, t 0.467 to 0.733",
-                 "0 to 0.467": "block 2, t 0 to 0.467"}
-    names = {"end to end": "end to end", "control": "control", LONGER: "control with the updates of all blocks",
-             "blocks": "blocks, each on its own interval", "block 1 at every t": "block 1 at every t",
-             "block 2 at every t": "block 2 at every t",
-             "mean of the blocks at every t": "mean of the blocks at every t"}
-    rows = []
-    for row, name in names.items():
-        shares = [scores("cpu/seed*/mdm/compare.json", "the bound by interval, bits per byte", interval, row)
-                  for interval in intervals.values()]
-        rows.append([name, cell(mdm_scores(row), 3), *(cell(share, 3) for share in shares)])
-    return lines(["", "bound", *intervals], rows)
+    """mdm with 6 layers, two seeds, and with 12."""
+    log, log12 = "cpu/seed*/mdm/compare.json", "cpu/layers12/mdm/compare.json"
+    return lines(["", "bound", *INTERVALS], [
+        mdm_row("6 layers, end to end", log, "end to end"),
+        mdm_row("control, 2 layers", log, "control"),
+        mdm_row("control with the updates of all blocks", log, LONGER),
+        mdm_row("3 blocks of 2 layers, each on its own interval", log, "blocks"),
+        mdm_row("block 1 at every t", log, "block 1 at every t"),
+        mdm_row("block 2 at every t", log, "block 2 at every t"),
+        mdm_row("mean of the blocks at every t", log, "mean of the blocks at every t"),
+        mdm_row("12 layers, end to end", log12, "end to end"),
+        mdm_row("control, 4 layers", log12, "control"),
+        mdm_row("control with the updates of all blocks", log12, LONGER),
+        mdm_row("3 blocks of 4 layers, each on its own interval", log12, "blocks"),
+        mdm_row("mean of the blocks at every t", log12, "mean of the blocks at every t")])
 
 
 def loss_row(name, log, row, n_blocks=3):
