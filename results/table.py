@@ -207,7 +207,7 @@ def gpu_rows():
     """The paper's networks, for a part of the paper's epochs."""
     whole, blocks = whole_run()
     vit_time = 100 * sum(blocks) / whole
-    dit_time = float(update_row("", "gpu/update/dit_time.json", 3)[-1])
+    dit_time = all_blocks_time("gpu/update/dit_time.json", 3, "recorded")
     return [
         gpu_row("vit_cifar100", "`vit --preset cifar100-ours`, 29 of 500 epochs: accuracy, % ↑", 1,
                 cifar100("ours", "end to end"), cifar100("ours", "control"), cifar100("long", "control"),
@@ -349,12 +349,10 @@ def mdm():
         mdm_row("mean of the blocks at every t", log12, "mean of the blocks at every t")])
 
 
-def loss_row(name, log, row, n_blocks=3):
+def loss_cells(log, row):
     """A row of compare.py on dit: the loss, in all and in the interval of each of three blocks."""
-    intervals = ["", "", ""]
-    if n_blocks == 3:
-        intervals = [cell(scores(log, "denoising loss by block", f"block {b}", row), 4) for b in range(3)]
-    return [name, cell(scores(log, LOSS, row, "weighted squared error"), 4), *intervals, ""]
+    intervals = [cell(scores(log, "denoising loss by block", f"block {b}", row), 4) for b in range(3)]
+    return [cell(scores(log, LOSS, row, "weighted squared error"), 4), *intervals]
 
 
 def dit():
@@ -365,15 +363,17 @@ def dit():
         intervals = [dit_scores(row, "denoising loss by block", f"block {b}", row) for b in range(3)]
         rows.append([name, cell(dit_losses(row), 4), *(cell(loss, 4) for loss in intervals),
                      cell(dit_distances(row), 1)])
-    rows += [
-        loss_row("blocks of 1, 2 and 3 layers", "gpu/dit_cpu/split.json", "blocks"),
-        loss_row("blocks with 4,000, 4,000 and 10,000 updates", "gpu/dit_cpu/updates.json", "blocks"),
-        loss_row("12 layers, end to end", "gpu/dit_cpu/layers12.json", "end to end"),
-        loss_row("control, 4 layers", "gpu/dit_cpu/layers12.json", "control"),
-        loss_row("control with the updates of all blocks", "gpu/dit_cpu/layers12.json", LONGER),
-        loss_row("3 blocks of 4 layers", "gpu/dit_cpu/layers12.json", "blocks"),
-        loss_row("the same, overlap .2", "gpu/dit_cpu/layers12_gamma2.json", "blocks"),
-        loss_row("2 blocks of 6 layers", "gpu/dit_cpu/layers12_blocks2.json", "blocks", n_blocks=2)]
+    for name, log, row in (
+            ("blocks of 1, 2 and 3 layers", "split", "blocks"),
+            ("blocks with 4,000, 4,000 and 10,000 updates", "updates", "blocks"),
+            ("12 layers, end to end", "layers12", "end to end"),
+            ("control, 4 layers", "layers12", "control"),
+            ("control with the updates of all blocks", "layers12", LONGER),
+            ("3 blocks of 4 layers", "layers12", "blocks"),
+            ("the same, overlap .2", "layers12_gamma2", "blocks")):
+        rows.append([name, *loss_cells(f"gpu/dit_cpu/{log}.json", row), ""])
+    two_blocks = scores("gpu/dit_cpu/layers12_blocks2.json", LOSS, "blocks", "weighted squared error")
+    rows.append(["2 blocks of 6 layers", cell(two_blocks, 4), "", "", "", ""])  # they own other intervals
     return lines(["", "denoising loss", "interval of block 0", "of block 1", "of block 2", "Fréchet distance"],
                  rows)
 
@@ -485,6 +485,13 @@ def masks():
 RECORDED = {"unrecorded": ", not recorded", "recorded": ", recorded"}
 
 
+def all_blocks_time(log, n_blocks, how):
+    """Time of an update of all blocks, % of the baseline's; how: recorded or unrecorded."""
+    whole = scores(log, "an update", "end_to_end" + RECORDED[how], "ms")[0]
+    block = scores(log, "an update", "block_0" + RECORDED[how], "ms")[0]
+    return 100 * n_blocks * block / whole
+
+
 def update_row(name, log, n_blocks):
     """Times of check_gpu.py --time."""
     row = [name]
@@ -492,10 +499,8 @@ def update_row(name, log, n_blocks):
         for ending in RECORDED.values():
             row.append(cell(scores(log, "an update", part + ending, "ms"), 1))
         row.append(cell(scores(log, "an update", part + ", recorded", "kernel time, ms"), 1))
-    for ending in RECORDED.values():
-        whole = scores(log, "an update", "end_to_end" + ending, "ms")[0]
-        block = scores(log, "an update", "block_0" + ending, "ms")[0]
-        row.append(f"{100 * n_blocks * block / whole:.0f}")
+    for how in RECORDED:
+        row.append(f"{all_blocks_time(log, n_blocks, how):.0f}")
     return row
 
 
@@ -543,8 +548,8 @@ def gpu_cifar100():
 
 
 def distance(row, guidance):
-    log = f"{CIFAR10}/frechet.json" if guidance == 1 else f"{CIFAR10}/frechet_guidance{guidance}.json"
-    return scores(log, "generated images", f"{row}, guidance {guidance}",
+    """Fréchet distances of dit on a GPU."""
+    return scores(f"{CIFAR10}/frechet_guidance{guidance}.json", "generated images", f"{row}, guidance {guidance}",
                   "Frechet distance, features of EfficientNet-lite0")
 
 
@@ -555,7 +560,7 @@ def gpu_cifar10():
                       (LONGER, "control, 4 layers, the updates of all blocks"), ("blocks", "3 blocks of 4 layers")):
         part = LONGER if row == LONGER else "end_to_end"  # the updates of any other are those of the baseline
         updates = f"{last_update(f'{CIFAR10}/train.jsonl', part)['step']:,}" + (" each" if row == "blocks" else "")
-        rows.append([name, updates, *loss_row("", f"{CIFAR10}/compare.json", row)[1:5],
+        rows.append([name, updates, *loss_cells(f"{CIFAR10}/compare.json", row),
                      cell(distance(row, 1), 0), cell(distance(row, 2), 0)])
     return lines(["", "updates", "denoising loss", "interval of block 0", "of block 1", "of block 2",
                   "Fréchet distance", "with guidance 2"], rows)
