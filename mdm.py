@@ -64,7 +64,7 @@ PRESETS = {
 
 @dataclass
 class Sampling:
-    prompt: tuple = ()          # one or more texts; <gap:8> in a text is filled with eight tokens; none: one long gap
+    prompt: tuple = ()          # one or more texts; <gap:8> in a text is filled with eight tokens; none: a window of gaps
     n_moves: int = 64           # moves from all masks to none
     grid: str = "uniform"       # of t: uniform or cosine (MD4), which reveals fewer tokens at first
     temperature: float = 1.0    # of the softmax over tokens; 0: the most probable
