@@ -12,7 +12,7 @@ vit and gpt: every block alone and the mean of all. mdm: the same at every t, al
 
 --train keeps the checkpoint of update N (--save-every) in OUT/at_N. A row of --curves has the scores and the
 minutes of training until then: of all blocks the sum over blocks. Rows before the last are in the middle of
-the learning rate's schedule. --log-every has to be no larger than --save-every. --curves is for vit, gpt and dit.
+the learning rate's schedule. --log-every has to be no larger than --save-every. --curves is for vit, gpt, dit and mdm.
 
 --variant, with any of the three, puts a class of this file in the place of one of gpt's, to see which part of a
 block beats the control: adaln (in the control) or streams (in a block)."""
@@ -232,12 +232,19 @@ def label_curves(setup):
     return tables
 
 
-def dit_curves(setup):
-    """The same of dit, also of OUT/long, whose updates are counted by themselves."""
+# what `evaluate` calls the table of these models' scores
+TITLES = {"dit": "denoising loss on held-out images", "mdm": "bits per byte on held-out text (bound)"}
+
+
+def evaluated_curves(setup):
+    """The same of dit or mdm, also of OUT/long, whose updates are counted by themselves."""
     out, model = Path(setup.run.out), setup.model
-    title = "denoising loss on held-out images"
     tables = {"end to end": {}, "control": {}, "blocks": {}, LONGER: {}}
     minutes, minutes_long = Minutes(setup.folder), Minutes(out / "long" / model)
+
+    def evaluated(blocks, others, state):
+        torch.manual_seed(seed_of(state["training"]["seed"], "eval"))
+        return setup.module.evaluate(blocks, others, setup.data)[TITLES[model]]
     for step, folder in kept(out, model):
         blocks, state = train.assemble(setup.module, model, folder, setup.device)
         others = {}
@@ -245,11 +252,11 @@ def dit_curves(setup):
             others[name], _ = train.trained(setup.module, model, part, folder, setup.device, state)
         times = {"end to end": minutes.until("end_to_end", step), "control": minutes.until("control", step),
                  "blocks": sum(minutes.until(f"block_{b}", step) for b in range(len(blocks)))}
-        for name, scores in setup.module.evaluate(blocks, others, setup.data)[title].items():
+        for name, scores in evaluated(blocks, others, state).items():
             tables[name][step] = {**scores, "minutes": times[name]}
     for step, folder in kept(out / "long", model):
-        net, _ = train.trained(setup.module, model, "control", folder, setup.device)
-        scores = setup.module.evaluate([net], {}, setup.data)[title]["blocks"]  # as if the control were a single block
+        net, state = train.trained(setup.module, model, "control", folder, setup.device)
+        scores = evaluated([net], {}, state)["blocks"]  # as if the control were a single block
         tables[LONGER][step] = {**scores, "minutes": minutes_long.until("control", step)}
     return tables
 
@@ -308,10 +315,10 @@ def score(own, argv, rest):
     """Score what is there, and write the report."""
     setup = begin([*rest, "--eval"])
     labels = setup.model in ("vit", "gpt")
-    if own.curves and not labels and setup.model != "dit":
-        raise UserError(f"--curves is for vit, gpt and dit, not {setup.model}")
+    if own.curves and not labels and setup.model not in TITLES:
+        raise UserError(f"--curves is for vit, gpt, dit and mdm, not {setup.model}")
     if own.curves:
-        name, tables = "curves", label_curves(setup) if labels else dit_curves(setup)
+        name, tables = "curves", label_curves(setup) if labels else evaluated_curves(setup)
     elif labels:
         name, tables = "compare", label_tables(setup)
     else:
