@@ -3800,13 +3800,15 @@ def test_the_check_of_a_gpu_compares_recorded_with_unrecorded_updates(flags, tmp
 
 @pytest.mark.parametrize("model", SMALL)
 def test_no_float64_is_on_a_device_that_has_none(model, flags, tmp_path, monkeypatch):
-    asked = [f"--model={model}", f"--out={tmp_path}"]
+    asked = [f"--model={model}", f"--out={tmp_path}", "--device=mps"]
     with pretended(monkeypatch, "mps", may_wait=True) as gpu:
-        train_all_parts(flags(model, "--steps=2", f"--out={tmp_path}"))
+        train_all_parts(flags(model, "--steps=2", f"--out={tmp_path}", "--device=mps"))
         train.main([*asked, "--eval"])
         train.main([*asked, "--sample", *SAMPLE[model]])
+        unasked, _ = train.set_up(train.Run(), train.Training())
     assert gpu.kernels.count > 1000
     assert report_of(tmp_path / model)["device"] == "mps:0"
+    assert unasked.type == "cpu"
 
 
 # ---- Command lines ----------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ class Training:
 @dataclass
 class Run:
     """Where and how it runs: not in the checkpoint."""
-    device: str = "auto"        # auto, cpu, cuda, cuda:1, mps
+    device: str = "auto"        # cpu, cuda, cuda:1 or mps; auto: cuda where there is one, else cpu
     threads: int = 0            # CPU threads; 0: as torch chooses. Another number may change the last bits
     out: str = "out"            # checkpoints and logs go to OUT/MODEL
     resume: bool = False        # go on from the checkpoint, with its settings; on CPU to the same bits
@@ -1033,12 +1033,8 @@ def refuse_without_effect(asked):
 def set_up(run, training, local_rank=0):
     """The device with its index, and Training with what auto means there. Raises UserError."""
     name = run.device
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto" and torch.backends.mps.is_available():
-        name = "mps"
-    elif name == "auto":
-        name = "cpu"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"  # mps was never tried on a real one: not unasked
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:
