@@ -157,7 +157,7 @@ def main_row(model, task, digits, end_to_end, control, longer, chain, averaged=(
 def main():
     """Scores and costs, a row for each model and figure of merit."""
     head = ["", "task and figure of merit", "end to end", "control: one block's layers",
-            "control with the updates of all blocks", "**blocks, chain**", "**blocks, averaged**", "one block alone",
+            "control with the updates of all blocks", "**blocks, chain** (gpt: bound)", "**blocks, averaged**", "one block alone",
             "peak memory of a block's update (of end to end, checkpointed), % of end to end",
             "time of an update of all blocks, %"]
     text = "Python sources: bits per byte ↓"
