@@ -316,7 +316,7 @@ def in_blocks(axis, page, noise):
 def chain(axis, page, noise):
     left = 580
     middle = left + LAYER_WIDTH / 2
-    headline(axis, page, left, "To make an image: a chain", (
+    headline(axis, page, left, "Images: a chain", (
         "From pure noise to the answer.", "Each step runs one block:", "the one that owns its noise."))
     tops = np.linspace(TOP, zone_top(2) + ZONE - PICTURE, 4)
     names = ("pure noise", "", "", "the answer")
