@@ -5595,6 +5595,23 @@ def test_curves_end_at_the_scores_of_the_last_checkpoints(model, blocks, of_curv
         assert curves[what][end]["minutes"] > 0
 
 
+def test_a_weight_of_compare_py_is_for_training_only(flags, tmp_path):
+    args = flags("mdm", "--block=1")
+    losses = {}
+    for variant in ("root", "flat"):
+        compare.main(["--train", f"--variant={variant}", *args, f"--out={tmp_path / variant}"])
+        losses[variant] = log_of(tmp_path / variant / "mdm" / "block_1.pt")[0]["loss"]
+    train.main([*args, f"--out={tmp_path / 'plain'}"])
+    losses["plain"] = log_of(tmp_path / "plain" / "mdm" / "block_1.pt")[0]["loss"]
+
+    # the bound's weight, 1 / t, is above 1
+    assert losses["flat"] < losses["root"] < losses["plain"]
+    with pytest.raises(UserError, match="is for --model mdm --train"):
+        compare.main(["--variant=root", "--model=mdm", f"--out={tmp_path / 'root'}"])
+    with pytest.raises(UserError, match="is for --model gpt"):
+        compare.main(["--train", "--variant=adaln", *args])
+
+
 # ---- Cross-entropy in chunks ------------------------------------------------------------------------------
 
 WORDS = 4096  # a vocabulary whose logits are most of what a tiny network makes

@@ -15,7 +15,8 @@ minutes of training until then: of all blocks the sum over blocks. Rows before t
 the learning rate's schedule. --log-every has to be no larger than --save-every. --curves is for vit, gpt, dit and mdm.
 
 --variant, with any of the three, puts a class of this file in the place of one of gpt's, to see which part of a
-block beats the control: adaln (in the control) or streams (in a block)."""
+block beats the control: adaln (in the control) or streams (in a block). With --train there are two for mdm: in
+training masked tokens get the root of the weight that they have in the bound (root), or all the same (flat)."""
 import contextlib
 import json
 import math
@@ -28,7 +29,7 @@ import torch.nn as nn
 
 from common import Parser, UserError, about, begin, plain_logits, run, train, write  # first: it sets the path
 import gpt
-from diffusion_blocks import average, cross_entropy, seed_of
+from diffusion_blocks import Masking, average, cross_entropy, seed_of
 
 
 LONGER = "control, as long as all blocks"  # the row of what lies in OUT/long
@@ -297,17 +298,34 @@ class TwoStreams(gpt.Block):
         nn.init.zeros_(self.z_in.bias)  # the vector
 
 
-VARIANTS = {"adaln": ("EndToEnd", Modulated), "streams": ("Block", TwoStreams)}
+# ---- Variants ---------------------------------------------------------------------------------------------
+
+bound_weight = Masking.weight
 
 
-def replaced_in_gpt(name, model):
-    """A context in which gpt.py has the class of a variant; without a variant nothing changes."""
+def root_weight(noise, t):
+    return bound_weight(noise, t).sqrt()
+
+
+def flat_weight(noise, t):
+    return torch.ones_like(t)
+
+
+CLASSES_OF_GPT = {"adaln": ("EndToEnd", Modulated), "streams": ("Block", TwoStreams)}
+WEIGHTS_OF_MDM = {"root": root_weight, "flat": flat_weight}
+
+
+def varied(name, model, trains):
+    """A context in which gpt.py has the class of a variant, or masks its weight; without a variant nothing changes."""
     if name is None:
         return contextlib.nullcontext()
-    if model != "gpt":
-        raise UserError("--variant is for --model gpt")
-    place, cls = VARIANTS[name]
-    return patch.object(gpt, place, cls)
+    if name in CLASSES_OF_GPT:
+        if model != "gpt":
+            raise UserError(f"--variant {name} is for --model gpt")
+        return patch.object(gpt, *CLASSES_OF_GPT[name])
+    if model != "mdm" or not trains:
+        raise UserError(f"--variant {name} is for --model mdm --train: the bound that is scored has its own weight")
+    return patch.object(Masking, "weight", WEIGHTS_OF_MDM[name])
 
 
 @torch.no_grad()
@@ -332,12 +350,13 @@ def main(argv):
     parser = Parser(__doc__)
     parser.add_argument("--train", action="store_true", help="train as train.py does, and keep every checkpoint")
     parser.add_argument("--curves", action="store_true", help="score every checkpoint that was kept")
-    parser.add_argument("--variant", choices=list(VARIANTS), help="a class of this file in gpt (default: none)")
+    parser.add_argument("--variant", choices=[*CLASSES_OF_GPT, *WEIGHTS_OF_MDM],
+                        help="a class of this file in gpt, or a weight in mdm (default: none)")
     own, rest = parser.parse_known_args(argv)
     if own.train and own.curves:
         raise UserError("first --train, then --curves")
     action = [] if own.train else ["--eval"]
-    with replaced_in_gpt(own.variant, train.parse([*rest, *action]).model):
+    with varied(own.variant, train.parse([*rest, *action]).model, own.train):
         if own.train:
             train_and_keep(rest)
         else:
