@@ -166,8 +166,9 @@ class Condition(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.register_buffer("freq", torch.logspace(-1, 1.5, config.n_cond // 2), persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(config.n_cond, config.n_cond), nn.SiLU(),
-                                 nn.Linear(config.n_cond, config.n_cond))
+        self.mlp = nn.Sequential(
+            nn.Linear(config.n_cond, config.n_cond), nn.SiLU(),
+            nn.Linear(config.n_cond, config.n_cond))
         self.label = nn.Embedding(config.n_class + 1, config.n_cond)  # the last row: no label
 
     def forward(self, c_noise, label):
@@ -245,7 +246,8 @@ class Block(nn.Module):
             label = label.masked_fill(drop, self.config.n_class)
         sigma = self.noise.sample(self.b, len(y), y.device)                  # (B,)
         z = self.noise.corrupt(y, sigma)                                     # (B, K, H, W)
-        error = (self.denoise(z, sigma, label) - y).pow(2).flatten(1).mean(1)                # (B,)
+        guess = self.denoise(z, sigma, label)                                # (B, K, H, W)
+        error = (guess - y).pow(2).flatten(1).mean(1)                        # (B,)
         return score_loss(error, sigma, self.noise)
 
 
@@ -340,7 +342,8 @@ def denoising_loss(nets, images, label, sigma):
     for y, some in zip(block.encode(images).split(500), label.split(500)):   # (B, K, H, W), (B,)
         level = torch.full((len(y),), sigma, device=y.device)                # (B,)
         z = y + sigma * torch.randn(y.shape, generator=generator).to(y.device)
-        error = (block.denoise(z, level, some) - y).pow(2).flatten(1).mean(1)                # (B,)
+        guess = block.denoise(z, level, some)                                # (B, K, H, W)
+        error = (guess - y).pow(2).flatten(1).mean(1)                        # (B,)
         total += error.sum().item()
     return block.noise.weight(torch.tensor(sigma)).item() * total / len(images)
 

@@ -177,7 +177,9 @@ class NoiseEmbedding(nn.Module):
     def __init__(self, n_cond):
         super().__init__()
         self.register_buffer("freq", torch.logspace(-1, 1.5, n_cond // 2), persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(n_cond, n_cond), nn.SiLU(), nn.Linear(n_cond, n_cond), nn.SiLU())
+        self.mlp = nn.Sequential(
+            nn.Linear(n_cond, n_cond), nn.SiLU(),
+            nn.Linear(n_cond, n_cond), nn.SiLU())
 
     def forward(self, c_noise):
         angle = c_noise[:, None, None] * self.freq                        # (B, 1, n_cond / 2)

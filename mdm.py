@@ -145,7 +145,9 @@ class NoiseEmbedding(nn.Module):
     def __init__(self, n_cond):
         super().__init__()
         self.register_buffer("freq", torch.logspace(-1, 1.5, n_cond // 2), persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(n_cond, n_cond), nn.SiLU(), nn.Linear(n_cond, n_cond), nn.SiLU())
+        self.mlp = nn.Sequential(
+            nn.Linear(n_cond, n_cond), nn.SiLU(),
+            nn.Linear(n_cond, n_cond), nn.SiLU())
 
     def forward(self, c_noise):
         angle = c_noise[:, None, None] * self.freq                        # (B, 1, n_cond / 2)
@@ -196,8 +198,10 @@ class Block(nn.Module):
 
     def masked_nats(self, z, t, y):
         """Cross-entropy (B,) of y (B, T), summed over the masked places of z (B, T)."""
+        nats = cross_entropy(self.logits(z, t), y)                           # (B, T)
         # a token that is visible is known: guessing it again would teach copying
-        return (cross_entropy(self.logits(z, t), y) * (z == self.mask_id)).sum(1)
+        masked = z == self.mask_id                                           # (B, T)
+        return (nats * masked).sum(1)
 
     def forward(self, batch):
         """The score loss in nats per token of this block; batch (B, T + 1) token ids, the last unused."""
@@ -212,7 +216,8 @@ class EndToEnd(Block):
     """The baseline: all layers, for all times (MD4). EndToEnd(config.control()) is the control."""
 
     def __init__(self, config):
-        super().__init__(replace(config, layer_split="", noise=replace(config.noise, n_blocks=1)), 0)
+        noise = replace(config.noise, n_blocks=1)                            # all times
+        super().__init__(replace(config, layer_split="", noise=noise), 0)
         self.title = f"{config.n_layer} layers, trained end to end"
 
 

@@ -176,7 +176,9 @@ class NoiseEmbedding(nn.Module):
     def __init__(self, n_cond):
         super().__init__()
         self.register_buffer("freq", torch.logspace(-1, 1.5, n_cond // 2), persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(n_cond, n_cond), nn.SiLU(), nn.Linear(n_cond, n_cond), nn.SiLU())
+        self.mlp = nn.Sequential(
+            nn.Linear(n_cond, n_cond), nn.SiLU(),
+            nn.Linear(n_cond, n_cond), nn.SiLU())
 
     def forward(self, c_noise):
         angle = c_noise[:, None, None] * self.freq                        # (B, 1, n_cond / 2)
@@ -187,7 +189,8 @@ def run(layers, h, start=0, past=None, cond=None):
     """h (B, T, C) through layers that attend causally to it and to the past -> (B, T, C), its [(k, v)]."""
     mask, out = None, []
     if past:
-        mask = torch.ones(h.shape[1], start + h.shape[1], dtype=torch.bool, device=h.device).tril(start)
+        n = h.shape[1]
+        mask = torch.ones(n, start + n, dtype=torch.bool, device=h.device).tril(start)       # (T, start + T)
     for layer, kv in zip(layers, past or [None] * len(layers)):
         h, new = layer(h, start, kv, mask, cond)                             # (B, T, C)
         out.append(new)
@@ -314,7 +317,8 @@ class EndToEnd(Recurrent):
         state = self.first_state(e)
         for k in range(n_passes):
             with torch.set_grad_enabled(train and k >= n_passes - self.config.grad_passes):
-                state, _ = run(self.core, self.adapter(torch.cat([state, e], dim=-1)).float())  # (B, T, C)
+                h = self.adapter(torch.cat([state, e], dim=-1)).float()      # (B, T, C)
+                state, _ = run(self.core, h)                                 # (B, T, C)
         h, _ = run(self.coda, self.norm(state))                              # (B, T, C)
         return self.norm(h)
 
@@ -397,7 +401,8 @@ def next_token(block, tokens, cache, temperature, n_passes):
         slots = torch.cat([block.noise.corrupt(known, level), z], dim=1)     # (N, n + 1, C)
         past = past_slots.get(sigma)
         logits, new = block.logits(e, slots, level, start, past)             # (N, n + 1, V)
-        following.slots[sigma] = extended(past, [(k[:, :, :n], v[:, :, :n]) for k, v in new])
+        known_kv = [(k[:, :, :n], v[:, :, :n]) for k, v in new]              # not those of the open slot
+        following.slots[sigma] = extended(past, known_kv)
         return logits[:, -1:].softmax(-1) @ block.table                      # (N, 1, C)
     z = temperature * block.noise.sigma_max * torch.randn_like(e[:, -1:])    # (N, 1, C)
     steps = block.noise.steps(max(2, n_passes))[:n_passes]                   # a single pass is at sigma_max

@@ -184,7 +184,9 @@ class NoiseEmbedding(nn.Module):
     def __init__(self, n_cond):
         super().__init__()
         self.register_buffer("freq", torch.logspace(-1, 1.5, n_cond // 2), persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(n_cond, n_cond), nn.SiLU(), nn.Linear(n_cond, n_cond), nn.SiLU())
+        self.mlp = nn.Sequential(
+            nn.Linear(n_cond, n_cond), nn.SiLU(),
+            nn.Linear(n_cond, n_cond), nn.SiLU())
 
     def forward(self, c_noise):
         angle = c_noise[:, None, None] * self.freq                        # (B, 1, n_cond / 2)
@@ -246,7 +248,8 @@ class Block(nn.Module):
             h = layer(h, cond)                                               # (B, 1 + T, C)
         # only the label's token is read; the patches have told it what they know
         shift, scale = self.modulation(cond).chunk(2, dim=-1)                # (B, 1, C) each
-        f = self.head(self.norm(h[:, :1]) * (1 + scale) + shift)[:, 0]       # (B, V), or (B, C) for edm
+        h = self.norm(h[:, :1]) * (1 + scale) + shift                        # (B, 1, C)
+        f = self.head(h)[:, 0]                                               # (B, V), or (B, C) for edm
         if self.config.readout == "bayes":
             return bayes_logits(f, z, sigma, self.table)
         return edm_logits(f, z, sigma, self.table, self.noise, self.scale_weight)
@@ -277,7 +280,8 @@ class EndToEnd(nn.Module):
 
     def features(self, x):
         """What the head reads, (B, C), of images x (B, K, H, W) in [-1, 1]."""
-        h = torch.cat([self.token.expand(len(x), -1, -1), self.embed(x)], dim=1)             # (B, 1 + T, C)
+        token = self.token.expand(len(x), -1, -1)                            # (B, 1, C)
+        h = torch.cat([token, self.embed(x)], dim=1)                         # (B, 1 + T, C)
         for layer in self.layers:
             h = layer(h)                                                     # (B, 1 + T, C)
         return self.norm(h[:, 0])                                            # (B, C)
