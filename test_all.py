@@ -2543,6 +2543,19 @@ def test_what_is_typed_outvotes_the_checkpoint_and_this_the_preset(flags, tmp_pa
     assert values["epochs"] == .005 != asked.preset["epochs"]
 
 
+def test_values_of_a_typed_preset_that_the_checkpoint_outvotes_are_told(flags, tmp_path, capsys):
+    args = flags("vit", "--block=0", "--lr=.5", "--weight-decay=.5", f"--out={tmp_path}")
+    train.main(args)
+    assert "outvotes" not in capsys.readouterr().out
+    resume = [*without_steps(args), "--steps=4", "--resume", "--data=digits"]
+
+    train.main([word for word in resume if not word.startswith(("--lr", "--weight-decay"))])  # no preset was typed
+    assert "outvotes" not in capsys.readouterr().out
+    train.main([*resume, "--preset=cpu"])
+    told = [line for line in capsys.readouterr().out.splitlines() if "outvotes" in line]
+    assert told == ["note: the checkpoint outvotes the preset: patch_size 2, not 8"]
+
+
 def test_a_run_with_a_constant_learning_rate_can_be_prolonged(flags, tmp_path):
     common = flags("mdm", "--block=0", "--warmup=2", "--final-lr=1")
     resume = ["--model=mdm", "--block=0", "--resume", f"--out={tmp_path}/two"]

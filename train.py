@@ -1014,6 +1014,17 @@ def values_of(asked):
     return {**asked.preset, **saved, **typed}
 
 
+def outvoted(asked, values):
+    """["lr 0.1, not 0.2", ...]: values that come from a checkpoint in the place of a preset that was typed."""
+    if asked.preset is asked.module.PRESETS["default"]:
+        return []
+    typed = set(asked.typed)
+    if typed & {"steps", "epochs"}:
+        typed |= {"steps", "epochs"}  # one says what the other is
+    return [f"{name} {values[name]}, not {value}" for name, value in asked.preset.items()
+            if name not in typed and values[name] != value]
+
+
 def refuse_without_effect(asked):
     """Raises UserError that names a typed flag which this action does not look at."""
     used = set(flat(defaults(asked.source.Settings)))
@@ -1104,6 +1115,8 @@ def train_parts(asked, parts, values, run, training, data, device):
         training = replace(training, accumulate=pieces)
         connect(parts[0], part_rank, world_size, device)
     if rank == 0:
+        if outvoted(asked, values):
+            print(f"note: the checkpoint outvotes the preset: {'; '.join(outvoted(asked, values))}")
         print(f"data: {data.describe()}; {device}, {torch.get_num_threads()} threads", flush=True)
     signal_number = 0
     with stopping_by_signal():
