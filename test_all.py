@@ -2544,16 +2544,15 @@ def test_what_is_typed_outvotes_the_checkpoint_and_this_the_preset(flags, tmp_pa
 
 
 def test_values_of_a_typed_preset_that_the_checkpoint_outvotes_are_told(flags, tmp_path, capsys):
-    args = flags("vit", "--block=0", "--lr=.5", "--weight-decay=.5", f"--out={tmp_path}")
-    train.main(args)
+    args = [*flags("vit", "--block=0", "--lr=.5", f"--out={tmp_path}"), "--data=digits"]
+    train.main([*args, "--preset=default"])                            # nothing is there that could outvote it
+    train.main([*args, "--resume"])                                    # no preset was typed
     assert "outvotes" not in capsys.readouterr().out
-    resume = [*without_steps(args), "--steps=4", "--resume", "--data=digits"]
 
-    train.main([word for word in resume if not word.startswith(("--lr", "--weight-decay"))])  # no preset was typed
-    assert "outvotes" not in capsys.readouterr().out
-    train.main([*resume, "--preset=cpu"])
+    train.main([*args, "--resume", "--preset=cpu"])
+
     told = [line for line in capsys.readouterr().out.splitlines() if "outvotes" in line]
-    assert told == ["note: the checkpoint outvotes the preset: patch_size 2, not 8"]
+    assert told == ["note: the checkpoint outvotes --preset cpu: patch_size 2, not 8"]
 
 
 def test_a_run_with_a_constant_learning_rate_can_be_prolonged(flags, tmp_path):
@@ -5606,6 +5605,17 @@ def test_curves_end_at_the_scores_of_the_last_checkpoints(model, blocks, of_curv
         assert curves[what][end][of_curve] == pytest.approx(scores[what][of_all])
         assert curves[what]["2"][of_curve] != curves[what][end][of_curve]
         assert curves[what][end]["minutes"] > 0
+
+
+def test_curves_of_mdm_have_the_same_masks_each_time(flags, tmp_path):
+    for part in PARTS:
+        compare.main(["--train", *flags("mdm", part, f"--out={tmp_path}")])
+    place = ["--model=mdm", f"--out={tmp_path}", "--curves"]
+    curves = []
+    for _ in range(2):
+        compare.main(place)
+        curves.append(json.loads((tmp_path / "mdm/curves.json").read_text())["tables"])
+    assert curves[0] == curves[1]
 
 
 def test_a_weight_of_compare_py_is_for_training_only(flags, tmp_path):

@@ -818,20 +818,21 @@ class Asked:
     source: object  # the module of data/ that it names
     preset: dict    # {field: value}, as the model file has it
     typed: dict     # {field: value}
+    typed_preset: str = ""  # its name, if one was typed
 
 
 def parse(argv):
     """The Asked of a command line. Raises UserError or argparse.ArgumentError."""
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     before.add_argument("--model", default="gpt", help="vit, dit, gpt, mdm, recurrent, or your NAME.py's NAME")
-    before.add_argument("--preset", default="default", help="a set of values that the model file names")
+    before.add_argument("--preset", default="", help="a set of values that the model file names (default: default)")
     known, _ = before.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     module = import_model(known.model)
     source = importlib.import_module(f"data.{module.DATA}")
     lacks = [name for name in getattr(source, "NEEDS", ()) if name not in flat(defaults(module.Config))]
     if lacks:
         raise UserError(f"{known.model}.py: Config needs the field {lacks[0]}, as DATA is {module.DATA!r}")
-    preset = preset_of(known.model, module, source, known.preset)
+    preset = preset_of(known.model, module, source, known.preset or "default")
 
     parser = argparse.ArgumentParser(
         usage="python train.py --model NAME (--block N | --block all | --end-to-end | --control | --eval | "
@@ -860,7 +861,7 @@ def parse(argv):
     if not hasattr(module, needs):
         raise UserError(f"{known.model}.py lacks {needs}")
     settings = {name: value for name, value in vars(typed).items() if name not in NO_SETTINGS}
-    return Asked(action, part, known.model, module, source, preset, settings)
+    return Asked(action, part, known.model, module, source, preset, settings, known.preset)
 
 
 def import_model(name):
@@ -1014,15 +1015,17 @@ def values_of(asked):
     return {**asked.preset, **saved, **typed}
 
 
-def outvoted(asked, values):
-    """["lr 0.1, not 0.2", ...]: values that come from a checkpoint in the place of a preset that was typed."""
-    if asked.preset is asked.module.PRESETS["default"]:
-        return []
+def tell_outvoted(asked, values):
+    """Print which values of a preset that was typed a checkpoint outvotes."""
+    if not asked.typed_preset or not asked.typed.get("resume"):
+        return
     typed = set(asked.typed)
     if typed & {"steps", "epochs"}:
         typed |= {"steps", "epochs"}  # one says what the other is
-    return [f"{name} {values[name]}, not {value}" for name, value in asked.preset.items()
-            if name not in typed and values[name] != value]
+    others = [f"{name} {values[name]}, not {value}" for name, value in asked.preset.items()
+              if name not in typed and values[name] != value and value != "auto"]
+    if others:
+        print(f"note: the checkpoint outvotes --preset {asked.typed_preset}: {'; '.join(others)}")
 
 
 def refuse_without_effect(asked):
@@ -1115,8 +1118,7 @@ def train_parts(asked, parts, values, run, training, data, device):
         training = replace(training, accumulate=pieces)
         connect(parts[0], part_rank, world_size, device)
     if rank == 0:
-        if outvoted(asked, values):
-            print(f"note: the checkpoint outvotes the preset: {'; '.join(outvoted(asked, values))}")
+        tell_outvoted(asked, values)
         print(f"data: {data.describe()}; {device}, {torch.get_num_threads()} threads", flush=True)
     signal_number = 0
     with stopping_by_signal():

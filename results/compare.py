@@ -16,7 +16,8 @@ the learning rate's schedule. --log-every has to be no larger than --save-every.
 
 --variant, with any of the three, puts a class of this file in the place of one of gpt's, to see which part of a
 block beats the control: adaln (in the control) or streams (in a block). With --train there are two for mdm: in
-training masked tokens get the root of the weight that they have in the bound (root), or all the same (flat)."""
+training masked tokens get the root of the weight that they have in the bound (root), or all the same (flat). So has
+the val loss of these logs. A checkpoint does not know its variant: type it with --resume, too."""
 import contextlib
 import json
 import math
@@ -316,7 +317,7 @@ WEIGHTS_OF_MDM = {"root": root_weight, "flat": flat_weight}
 
 
 def varied(name, model, trains):
-    """A context in which gpt.py has the class of a variant, or masks its weight; without a variant nothing changes."""
+    """A context in which gpt.py has a variant's class, or `Masking` its weight; without a variant nothing changes."""
     if name is None:
         return contextlib.nullcontext()
     if name in CLASSES_OF_GPT:

@@ -462,14 +462,14 @@ def masks():
         return cell([runs[run]["tables"][f"{TEXT} (bound)"][row][BITS]], 3)
     longer = scores("cpu/seed0/mdm/compare.json", f"{TEXT} (bound)", LONGER, BITS)
     whole, control, blocks = "end to end", "control", "blocks"
-    return lines(["", "trained at t", "default, 1,200 updates", "root of the weight", "no weight",
+    return lines(["", "trained at t", "default, 1,200 updates", "the same, root of the weight", "the same, no weight",
                   "`--preset cpu`, 4,000 updates"], [
         [whole, "0 to 1", "", "", "", of("whole", whole)],
         ["", ".3 to .8", of("eval1", whole), "", "", of("cpu", whole)],
         ["", ".2 to .9", of("eval2", whole), of("root", whole), "", ""],
         ["", "1/3 to 2/3", of("eval3", whole), "", "", ""],
         ["", ".2 to .7", "", "", "", of("cpu2", whole)],
-        [control, "0 to 1", of("control 0 to 1", control), of("root 0 to 1", control), of("flat 0 to 1", control),
+        [control, "0 to 1", of("control 0 to 1", control), of("root 0 to 1, overlap 1", control), of("flat 0 to 1", control),
          of("whole", control)],
         ["", ".1 to .8", "", of("root .1 to .8", control), of("flat .1 to .8", control), ""],
         ["", ".3 to .8", of("eval1", control), "", "", of("cpu", control)],
@@ -477,12 +477,12 @@ def masks():
         ["", "1/3 to 2/3", of("eval2", control), "", "", ""],
         ["", ".2 to .7", of("eval3", control), "", of("flat .2 to .7", control), of("cpu2", control)],
         ["", ".2 to .6", of("eval5", control), of("root", control), "", ""],
-        ["another seed", ".2 to .6", of("block 2", "block 2 at every t"), "", "", ""],
+        ["block 2 in its place", ".2 to .6", of("block 2", "block 2 at every t"), "", "", ""],
         ["control with the updates of all blocks", "0 to 1", "", "", "", of("whole_long", LONGER)],
         ["", ".2 to .7", "", "", "", cell(longer, 3)],
         [blocks, "0 to 1, overlap .05", "", "", "", of("whole", blocks)],
         ["", ".2 to 1, overlap .5", of("eval1", blocks), of("root", blocks), "", of("cpu", blocks)],
-        ["", ".2 to 1, overlap 1", of("root 0 to 1", blocks), "", "", ""],
+        ["", ".2 to 1, overlap 1", of("root 0 to 1, overlap 1", blocks), "", "", ""],
         ["", ".2 to .9, overlap .5", of("eval2", blocks), "", "", ""],
         ["", ".2 to .8, overlap .5", "", "", "", of("cpu2", blocks)]])
 
