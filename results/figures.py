@@ -115,30 +115,28 @@ def update_times(model):
     return {network: row["ms"] for network, row in tables[title].items()}
 
 
-UPDATES = 7813  # 100 epochs of a tenth of CIFAR
-
-
 def draw_tenth(left, right, model, score, label, networks):
     """Held-out scores over epochs (left), and over what the updates cost (right).
 
     networks: {row of curves.json: (row of bench.json, colour, line)}."""
     tables = json.loads((HERE / f"cpu/tenth/{model}/curves.json").read_text())["tables"]
     ms = update_times(model)
+    end = max(int(step) for step in tables["end to end"])  # the updates of 100 epochs
     for name, (timed, colour, line) in networks.items():
         updates = np.array([int(step) for step in tables[name]])
         scores = [row[score] for row in tables[name].values()]
         style = dict(color=colour, linestyle=line, marker=".", label=name)
-        if updates[-1] == UPDATES:  # the longer control has three times as many, and stays at the right
-            left.plot(100 * updates / UPDATES, scores, **style)
-        right.plot(100 * updates * ms[timed] / (UPDATES * ms["end to end"]), scores, **style)
+        if name != LONGER:  # it has three times as many, and stays at the right
+            left.plot(100 * updates / end, scores, **style)
+        right.plot(100 * updates * ms[timed] / (end * ms["end to end"]), scores, **style)
     left.set(xlabel="epochs of each network", ylabel=label)
     right.set(xlabel="time of training, % of the baseline's 100 epochs")
     left.legend(fontsize=8)
 
 
 def tenth():
-    """vit and dit on a tenth of CIFAR, for 100 epochs."""
-    figure, (above, below) = plt.subplots(2, 2, figsize=(9, 7), sharey="row")
+    """vit and dit on a tenth of CIFAR, mdm on a tenth of tiny-shakespeare, for 100 epochs."""
+    figure, (above, middle, below) = plt.subplots(3, 2, figsize=(9, 10.5), sharey="row")
     single = {"end to end": ("end to end", BASELINE, "-"), "control": ("control", CONTROL, "-")}
     draw_tenth(*above, "vit", "right, %", "vit, a tenth of CIFAR-100: accuracy, %", {
         **single, "blocks, averaged": ("all blocks", BLOCKS[0], "-")})
@@ -146,9 +144,10 @@ def tenth():
     ms = update_times("vit")
     above[1].plot(300 * ms["control"] / ms["end to end"], longer["accuracy, %"], color=CONTROL, marker="*",
                   markersize=10, linestyle="none", label=LONGER)
-    draw_tenth(*below, "dit", "weighted squared error", "dit, a tenth of CIFAR-10: denoising loss", {
-        **single, "blocks": ("all blocks", BLOCKS[0], "-"), LONGER: ("control", CONTROL, "--")})
-    for axis in (above[1], below[1]):
+    four = {**single, "blocks": ("all blocks", BLOCKS[0], "-"), LONGER: ("control", CONTROL, "--")}
+    draw_tenth(*middle, "dit", "weighted squared error", "dit, a tenth of CIFAR-10: denoising loss", four)
+    draw_tenth(*below, "mdm", "bits per byte", "mdm, tiny-shakespeare: bits per byte", four)
+    for axis in (above[1], middle[1], below[1]):
         axis.legend(fontsize=8)
     save(figure, "tenth")
 

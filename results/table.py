@@ -279,6 +279,8 @@ def best():
                  longer_scores("mdm"), mdm_scores("blocks"), mdm_scores("blocks")),
         best_row("dit", "dit, 6 layers, loss ↓", 4, dit_losses("end to end"), dit_losses("control"),
                  longer_scores("dit"), dit_losses("blocks"), dit_losses("blocks")),
+        best_row("mdm", "mdm, a tenth of tiny-shakespeare, bits ↓", 3, tenth_bits("end to end"), tenth_bits("control"),
+                 tenth_bits(LONGER), tenth_bits("blocks"), tenth_bits("blocks")),
         best_row("dit", "dit, a tenth of CIFAR-10, loss ↓", 4, tenth_loss("end to end"), tenth_loss("control"),
                  tenth_loss(LONGER), tenth_loss("blocks"), tenth_loss("blocks")),
         best_row("dit", "dit, digits, loss ↓", 4, digits_loss("end to end"), digits_loss("control"),
@@ -435,8 +437,13 @@ def digits_loss(row):
     return scores("cpu/default/dit/compare.json", LOSS, row, "weighted squared error")
 
 
+def tenth_bits(row):
+    """mdm on a tenth of tiny-shakespeare."""
+    return scores("cpu/tenth/mdm/compare.json", f"{TEXT} (bound)", row, BITS)
+
+
 def tenth():
-    """vit on a tenth of CIFAR-100, dit on a tenth of CIFAR-10, for 100 epochs, and dit on digits."""
+    """vit on a tenth of CIFAR-100, dit on a tenth of CIFAR-10, mdm on one of tiny-shakespeare, and dit on digits."""
     rows = []
     for name, vit_row, dit_row in (
             ("end to end", "end to end", "end to end"),
@@ -446,10 +453,10 @@ def tenth():
             ("**blocks** (vit: averaged)", "blocks, averaged", "blocks"),
             ("block 2 alone, the best of the three", "block 2 alone", "")):
         rows.append([name, cell(tenth_scores(vit_row), 1), cell(tenth_scores(vit_row, "bits per label"), 2),
-                     cell(tenth_loss(dit_row), 4), cell(digits_loss(dit_row), 4)])
+                     cell(tenth_bits(dit_row), 3), cell(tenth_loss(dit_row), 4), cell(digits_loss(dit_row), 4)])
     chain = scores("cpu/tenth/vit/eval.json", "held-out images", "blocks, chain from z = 0", "accuracy, %")
-    rows.append(["blocks, chain from z = 0", cell(chain, 1), "", "", ""])
-    head = ["", "vit, a tenth of CIFAR-100: accuracy, %", "vit: bits per label",
+    rows.append(["blocks, chain from z = 0", cell(chain, 1), "", "", "", ""])
+    head = ["", "vit, a tenth of CIFAR-100: accuracy, %", "vit: bits per label", "mdm, a tenth of tiny-shakespeare: bits per byte",
             "dit, a tenth of CIFAR-10: denoising loss", "dit, digits: denoising loss"]
     return lines(head, rows)
 
