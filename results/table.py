@@ -451,6 +451,7 @@ def tenth():
             ("control with the updates of all blocks", LONGER, LONGER),
             ("as many controls as blocks, averaged", "3 controls, averaged", ""),
             ("**blocks** (vit: averaged)", "blocks, averaged", "blocks"),
+            ("mdm: mean of the blocks at every t", "", "mean of the blocks at every t"),
             ("block 2 alone, the best of the three", "block 2 alone", "")):
         rows.append([name, cell(tenth_scores(vit_row), 1), cell(tenth_scores(vit_row, "bits per label"), 2),
                      cell(tenth_bits(dit_row), 3), cell(tenth_loss(dit_row), 4), cell(digits_loss(dit_row), 4)])
