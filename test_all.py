@@ -5618,6 +5618,26 @@ def test_curves_of_mdm_have_the_same_masks_each_time(flags, tmp_path):
     assert curves[0] == curves[1]
 
 
+def test_controls_of_mdm_are_averaged_at_every_place(flags, tmp_path):
+    train_all_parts(flags("mdm", f"--out={tmp_path}"))
+    train.main(flags("mdm", "--control", "--seed=1", f"--out={tmp_path}/control1"))
+
+    compare.main(["--model=mdm", f"--out={tmp_path}"])
+
+    tables = json.loads((tmp_path / "mdm/compare.json").read_text())["tables"]
+    rows = tables["bits per byte on held-out text (bound)"]
+    assert "2 controls, averaged" in rows
+    nets = [train.trained(mdm, "mdm", "control", folder, "cpu")[0] for folder in (tmp_path, tmp_path / "control1")]
+    y = torch.tensor([[3, 1, 4]])
+    z = torch.tensor([[3, nets[0].mask_id, nets[0].mask_id]])
+    t = torch.tensor([0.5])
+    p = [net.logits(z, t).softmax(-1) for net in nets]
+    mean = (p[0] * p[1]).sqrt()                              # the mean of log p, then renormalised
+    mean = mean / mean.sum(-1, keepdim=True)
+    expected = -mean[0, 1, 1].log() - mean[0, 2, 4].log()    # the first token is visible
+    assert compare.MeanOfMasked(nets).masked_nats(z, t, y).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_a_weight_of_compare_py_is_for_training_only(flags, tmp_path):
     args = flags("mdm", "--block=1")
     losses = {}

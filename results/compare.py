@@ -121,11 +121,17 @@ def single_networks(setup):
     return rows
 
 
+def all_controls(setup):
+    """The control, and those of other seeds."""
+    out = Path(setup.run.out)
+    return networks(setup, "control", [out, *sorted(out.glob("control[0-9]*"))])
+
+
 def label_tables(setup):
     """Tables of vit or gpt: single networks, and means of several."""
     out = Path(setup.run.out)
     guesses = {row: partial(log_p_of_net, net) for row, net in single_networks(setup).items()}
-    controls = networks(setup, "control", [out, *sorted(out.glob("control[0-9]*"))])
+    controls = all_controls(setup)
     if len(controls) > 1:
         guesses[f"{len(controls)} controls, averaged"] = mean_of([partial(log_p_of_net, c) for c in controls])
     alone = [partial(log_p_of_block, net, b) for b, net in enumerate(blocks_in(setup, out))]
@@ -150,17 +156,17 @@ def label_tables(setup):
 
 
 class MeanOfMasked(nn.Module):
-    """What mdm's `evaluate` takes for a baseline: the mean of the blocks' log p at every t."""
+    """What mdm's `evaluate` takes for a baseline: the mean of the log p of blocks, or of controls, at every t."""
 
-    def __init__(self, blocks):
+    def __init__(self, nets):
         super().__init__()
-        self.blocks = blocks
-        self.config, self.noise, self.mask_id = blocks[0].config, blocks[0].noise, blocks[0].mask_id
+        self.nets = nets
+        self.config, self.noise, self.mask_id = nets[0].config, nets[0].noise, nets[0].mask_id
 
     def masked_nats(self, z, t, y):
         """Cross-entropy (B,) of y (B, T), summed over the masked places of z (B, T), at times t (B,)."""
-        total = sum(block.logits(z, t).log_softmax(-1) for block in self.blocks)
-        log_p = (total / len(self.blocks)).log_softmax(-1)                   # (B, T, V)
+        total = sum(net.logits(z, t).log_softmax(-1) for net in self.nets)
+        log_p = (total / len(self.nets)).log_softmax(-1)                     # (B, T, V)
         masked = z == self.mask_id                                           # (B, T)
         return (cross_entropy(log_p, y) * masked).sum(1)
 
@@ -170,6 +176,9 @@ def evaluated_tables(setup):
     blocks, state = train.assemble(setup.module, setup.model, setup.run.out, setup.device)
     others = single_networks(setup)
     if setup.model == "mdm":
+        controls = all_controls(setup)
+        if len(controls) > 1:
+            others[f"{len(controls)} controls, averaged"] = MeanOfMasked(controls)
         others["mean of the blocks at every t"] = MeanOfMasked(blocks)
         for b, net in enumerate(blocks):
             others[f"block {b} at every t"] = net
