@@ -1048,7 +1048,7 @@ def set_up(run, training, local_rank=0):
     """The device with its index, and Training with what auto means there. Raises UserError."""
     name = run.device
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"  # mps was never tried on a real one: not unasked
+        name = "cuda" if torch.cuda.is_available() else "cpu"  # mps, which no one tried yet, only if typed
     if name == "cuda":
         name = f"cuda:{local_rank}"
     try:
